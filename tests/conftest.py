@@ -1,0 +1,11 @@
+"""Shapes in annotations are checked at run time in all tests: jaxtyping with beartype."""
+
+import jaxtyping
+from hypothesis import settings
+
+CHECKED = ("schedule", "weights", "density", "proposals", "adaptive", "strata", "sampler", "estimator", "gradient")
+jaxtyping.install_import_hook([f"carv.{name}" for name in CHECKED], "typecheck.checked")
+
+# No deadlines: speed is measured in benchmarks/, on a machine that does nothing else.
+settings.register_profile("carv", deadline=None, max_examples=50, derandomize=True)
+settings.load_profile("carv")

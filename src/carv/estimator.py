@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -75,7 +76,7 @@ class Estimate:
     clipped: Tensor
     policy: str
 
-    def assign_to(self, parameters: list[Tensor]) -> None:
+    def assign_to(self, parameters: Sequence[Tensor]) -> None:
         """Put the gradient into `parameter.grad`, for an optimiser."""
         for parameter, gradient in zip(parameters, self.gradient, strict=True):
             parameter.grad = gradient

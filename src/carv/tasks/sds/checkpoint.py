@@ -1,0 +1,65 @@
+"""A run's folder: its configuration, and a checkpoint that is always whole."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+CHECKPOINT = "checkpoint.safetensors"
+
+
+class RunFolderError(ValueError):
+    """A folder that holds something else than this run."""
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that after a crash at any byte either the old or the new one is there, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def save_checkpoint(folder: Path, tensors: dict[str, Tensor], config: str) -> None:
+    """Write the checkpoint of a run.
+
+    Args:
+        folder: of the run; made if absent.
+        tensors: all of the run's state.
+        config: the run's configuration as JSON; another run will not go on from this checkpoint.
+    """
+    content = save({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, {"config": config})
+    write_whole(folder / CHECKPOINT, content)
+
+
+def load_checkpoint(folder: Path, config: str) -> dict[str, Tensor] | None:
+    """The checkpoint of this very run in a folder; `None` if there is none.
+
+    Raises:
+        RunFolderError: the folder holds a checkpoint of another configuration, or a damaged one.
+    """
+    path = folder / CHECKPOINT
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            saved = (file.metadata() or {}).get("config")
+            if saved == config:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError) as error:
+        raise RunFolderError(f"{path} is damaged ({error}); remove it to start this run again") from error
+    raise RunFolderError(
+        f"{folder} holds a run with other settings; give another --out, or --overwrite to start again there"
+    )

@@ -1,0 +1,125 @@
+"""The settings of a text-to-3D run; the command line is made from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from carv.adaptive import AdaptiveProposal
+from carv.density import DiscreteDensity, uniform_steps
+from carv.estimator import HierarchicalEstimator
+from carv.proposals import defensive, proportional
+from carv.sampler import TimestepSampler
+from carv.schedule import NoiseSchedule
+from carv.strata import COUPLINGS
+from carv.weights import WEIGHTS, Weight
+
+ProposalName = Literal["uniform", "weight", "defensive", "adaptive"]
+CouplingName = Literal["iid", "per-render", "global", "systematic", "nested"]
+
+
+@dataclass(frozen=True)
+class EstimatorConfig:
+    """Which estimator of the gradient to use. The defaults are carv's; the standard one is (4, 1) uniform iid."""
+
+    renders: int = 1
+    """R: renders in a step."""
+    renoise: int = 16
+    """K: noisings of each render."""
+    proposal: ProposalName = "weight"
+    """q(t): the base p; p w; a tenth of p with p w; or learned while training."""
+    coupling: CouplingName = "per-render"
+    """How the R K timesteps of a step depend on each other."""
+    antithetic: bool = False
+    """Noise in pairs eps, -eps at one timestep."""
+    t_min: int = 20
+    """The smallest timestep of 1000."""
+    t_max: int = 980
+    """The largest timestep of 1000."""
+    micro_batch: int | None = None
+    """At most how many draws the teacher sees at once; bounds memory, changes nothing else."""
+
+    def build(self, weight: Weight) -> HierarchicalEstimator:
+        """The estimator for a teacher of 1000 timesteps whose contributions carry `weight`."""
+        base = uniform_steps(self.t_min, self.t_max)
+        sampler = TimestepSampler(
+            base, self._proposal(base, weight), coupling=COUPLINGS[self.coupling], antithetic=self.antithetic, w=weight
+        )
+        return HierarchicalEstimator(sampler, self.renders, self.renoise, self.micro_batch)
+
+    def _proposal(self, base: DiscreteDensity, weight: Weight) -> Any:
+        if self.proposal == "uniform":
+            return base
+        if self.proposal == "adaptive":
+            return AdaptiveProposal(base)
+        by_weight = proportional(base, weight)
+        return by_weight if self.proposal == "weight" else defensive(base, by_weight)
+
+    def __str__(self) -> str:
+        return f"(R, K) = ({self.renders}, {self.renoise}), {self.proposal} proposal, {self.coupling} coupling" + (
+            ", antithetic" if self.antithetic else ""
+        )
+
+
+STANDARD = EstimatorConfig(renders=4, renoise=1, proposal="uniform", coupling="iid")
+"""What SDS codes do: DreamFusion's estimator with a batch of four, the paper's baseline."""
+
+
+@dataclass(frozen=True)
+class SDSConfig:
+    """Optimise a 3D object towards a prompt by score distillation."""
+
+    prompt: Annotated[str, tyro.conf.Positional]
+    """What to make, e.g. "a red chair"."""
+    estimator: EstimatorConfig = EstimatorConfig()
+    """How the gradient is estimated."""
+    steps: int = 500
+    """Optimiser steps."""
+    seed: int = 0
+    """Of all randomness."""
+    weight: str = "sds"
+    """w(t), by name; see carv.weights.WEIGHTS."""
+    guidance_scale: float = 3.0
+    """s of e_u + s (e_c - e_u), as in diffusers; the paper's omega is s - 1."""
+    negative: str = ""
+    """A negative prompt; empty is unconditional."""
+    bandwidth: float = 0.1
+    """h of the exact teacher: each picture of its world is a Gaussian of this width."""
+    size: int = 64
+    """Pixels along each side of a render."""
+    resolution: int = 48
+    """Voxels along each side of the field."""
+    samples: int = 32
+    """Points along each ray."""
+    density_rate: float = 0.1
+    """Adam's learning rate for the density."""
+    colour_rate: float = 0.05
+    """Adam's learning rate for the colour."""
+    final_rate: float = 0.1
+    """The learning rates fall along a cosine to this share of themselves at the last step."""
+    smoothness: float = 1e-4
+    """Weight of the field's total variation, per latent entry."""
+    sparsity: float = 1e-4
+    """Weight of the field's mean density, per latent entry: clears haze."""
+    stratify_azimuth: bool = True
+    """Cover the circle evenly with a step's cameras."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "size", "resolution", "samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.weight not in WEIGHTS:
+            raise ValueError(f"unknown weight {self.weight!r}; known weights: {', '.join(WEIGHTS)}")
+
+    def to_json(self) -> str:
+        """One line that two equal configurations share."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """Stable Diffusion's, which the paper uses."""
+        return NoiseSchedule.scaled_linear()

@@ -1,0 +1,65 @@
+"""Agreement of a field with the prompt's true object, over views that the teacher's pictures do not contain."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from carv.extras import require
+from carv.tasks.sds.field import VoxelField
+from carv.world.cameras import held_out_cameras
+from carv.world.captions import parse_prompt
+from carv.world.render import render_object
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """PSNR (dB) and SSIM of each held-out view, `[views]`."""
+
+    psnr: Tensor
+    ssim: Tensor
+
+    def to_dict(self) -> dict[str, dict[str, float]]:
+        """Mean and standard deviation over the views, for records."""
+        pairs = (("psnr", self.psnr), ("ssim", self.ssim))
+        return {name: {"mean": float(x.mean()), "std_over_views": float(x.std())} for name, x in pairs}
+
+
+class TrueObject:
+    """The object that a prompt describes, seen from a ring of held-out cameras.
+
+    Args:
+        prompt: with a colour and a shape; a view word is ignored.
+        views: how many cameras.
+        size: pixels along each side.
+
+    Raises:
+        ValueError: the prompt does not describe one object of the world.
+    """
+
+    def __init__(self, prompt: str, views: int = 8, size: int = 64) -> None:
+        self.size = size
+        self.cameras = held_out_cameras(views)
+        self.pictures = render_object(prompt, self.cameras, size)
+
+    def render(self, field: VoxelField) -> Tensor:
+        """The field from the same cameras, `[views, 3, size, size]`."""
+        with torch.no_grad():
+            rgb: Tensor = field(self.cameras, self.size)[0]
+        return rgb
+
+    def agreement(self, field: VoxelField) -> Agreement:
+        """PSNR and SSIM of the field against the object, by torchmetrics."""
+        metrics = require("torchmetrics.functional.image", "sds")
+        rendered = self.render(field)
+        psnr = metrics.peak_signal_noise_ratio(rendered, self.pictures, data_range=1.0, reduction="none", dim=(1, 2, 3))
+        ssim = metrics.structural_similarity_index_measure(rendered, self.pictures, data_range=1.0, reduction="none")
+        return Agreement(psnr, ssim)
+
+
+def describes_one_object(prompt: str) -> bool:
+    """Whether a prompt names a colour and a shape, so that there is a true object to compare with."""
+    parsed = parse_prompt(prompt)
+    return parsed.colour is not None and parsed.shape is not None

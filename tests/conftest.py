@@ -4,7 +4,8 @@ import jaxtyping
 from hypothesis import settings
 
 CHECKED = ("schedule", "weights", "density", "proposals", "adaptive", "strata", "sampler", "estimator", "gradient")
-jaxtyping.install_import_hook([f"carv.{name}" for name in CHECKED], "typecheck.checked")
+VARIANCE = ("values", "moments", "stopping", "measure", "reference", "cost", "vjp")
+jaxtyping.install_import_hook([f"carv.{name}" for name in CHECKED] + [f"carv.variance.{name}" for name in VARIANCE], "typecheck.checked")
 
 # No deadlines: speed is measured in benchmarks/, on a machine that does nothing else.
 settings.register_profile("carv", deadline=None, max_examples=50, derandomize=True)

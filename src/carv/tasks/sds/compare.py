@@ -34,9 +34,9 @@ class CompareConfig:
 
     prompt: Annotated[str, tyro.conf.Positional] = "a red chair"
     """What to make; it names a colour and a shape, so that there is a true object."""
-    seconds: float = 40.0
+    seconds: float = 30.0
     """Training time for each run."""
-    seeds: int = 3
+    seeds: int = 4
     """Runs of each method; at least 2, for a spread."""
     renoise: int = 16
     """carv's K."""
@@ -222,11 +222,10 @@ def plot(result: dict[str, Any], rows: list[Tensor], times: list[float], path: P
     colours = ("#8a8f98", "#c2410c")
     names = list(result["curves"])
     columns = len(times) + 1
-    figure = pyplot.figure(figsize=(9.6, 6.4), layout="constrained")
-    grid = figure.add_gridspec(3, columns, height_ratios=[1, 1, 2.2])
-    for r, row in enumerate(rows):
-        for c, picture in enumerate(row):
-            axes = figure.add_subplot(grid[r, c])
+    figure = pyplot.figure(figsize=(9.6, 6.6), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=[1, 1.15])
+    for r, (row, panels) in enumerate(zip(rows, above.subplots(len(rows), columns), strict=True)):
+        for c, (picture, axes) in enumerate(zip(row, panels, strict=True)):
             axes.imshow(picture.permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
             axes.set_xticks([])
             axes.set_yticks([])
@@ -234,10 +233,10 @@ def plot(result: dict[str, Any], rows: list[Tensor], times: list[float], path: P
                 axes.set_title("true object" if c == columns - 1 else f"{times[c]:.0f} s", fontsize=9)
             if c == 0:
                 axes.set_ylabel(names[r].replace(" (", "\n("), fontsize=9, color=colours[r])
-    half = columns // 2
+    left, right = below.subplots(1, 2)
     for axes, score, label in (
-        (figure.add_subplot(grid[2, :half]), "psnr", "PSNR (dB)"),
-        (figure.add_subplot(grid[2, half:]), "ssim", "SSIM"),
+        (left, "psnr", "PSNR (dB)"),
+        (right, "ssim", "SSIM"),
     ):
         for name, colour in zip(names, colours, strict=True):
             curve = result["curves"][name]
@@ -248,7 +247,7 @@ def plot(result: dict[str, Any], rows: list[Tensor], times: list[float], path: P
         axes.set_title(f"{label} against the true object, held-out views", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
-    axes.legend(frameon=False, loc="lower right")
+    right.legend(frameon=False, loc="lower right")
     prompt = result["config"]["prompt"]
     figure.suptitle(f'"{prompt}": the same teacher, prompt and wall-clock time; thin lines are seeds', fontsize=11)
     figure.savefig(path, dpi=130)

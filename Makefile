@@ -36,6 +36,8 @@ format: $(VENV)/.develops
 
 bench: $(VENV)/.develops
 	$(BIN)/python benchmarks/sampler_overhead.py
+	$(BIN)/python benchmarks/per_draw_gradients.py
+	$(BIN)/python benchmarks/coverage.py
 
 clean:
 	rm -rf $(VENV) demo build dist

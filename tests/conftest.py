@@ -5,7 +5,9 @@ from hypothesis import settings
 
 CHECKED = ("schedule", "weights", "density", "proposals", "adaptive", "strata", "sampler", "estimator", "gradient")
 VARIANCE = ("values", "moments", "stopping", "measure", "reference", "cost", "vjp")
-jaxtyping.install_import_hook([f"carv.{name}" for name in CHECKED] + [f"carv.variance.{name}" for name in VARIANCE], "typecheck.checked")
+jaxtyping.install_import_hook(
+    [f"carv.{name}" for name in CHECKED] + [f"carv.variance.{name}" for name in VARIANCE], "typecheck.checked"
+)
 
 # No deadlines: speed is measured in benchmarks/, on a machine that does nothing else.
 settings.register_profile("carv", deadline=None, max_examples=50, derandomize=True)

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from carv.strata import COUPLINGS, _within, global_strata, iid, nested, per_render, systematic
+from carv.strata import COUPLINGS, _one_in_each, global_strata, iid, nested, per_render, systematic
 
 CPU = torch.device("cpu")
 sizes = st.tuples(st.integers(1, 7), st.sampled_from([1, 2, 3, 5, 8, 13, 64]), st.integers(0, 10**6))
@@ -61,7 +61,7 @@ def test_the_largest_jitter_stays_inside_its_stratum(strata):
     """(B - 1 + xi) / B rounds up to 1 for xi just below 1; float32 codes reach 1.0 that way."""
     stratum = torch.arange(strata)
     xi = torch.full((strata,), 1 - 2**-53, dtype=torch.float64)
-    u = _within(stratum, strata, xi)
+    u = _one_in_each(strata, xi)
     assert bool((u < (stratum + 1).double() / strata).all())
     assert bool((u >= stratum.double() / strata).all())
 

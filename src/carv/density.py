@@ -180,6 +180,15 @@ class _ClosedForm(Density):
         if low < high and self._mass <= 0:
             raise ValueError(f"this density has no mass in [{low}, {high}]")
 
+    def __eq__(self, other: object) -> bool:
+        """Whether two are the same law, on whatever devices."""
+        if not isinstance(other, _ClosedForm) or type(self) is not type(other):
+            return NotImplemented
+        return vars(self) | {"device": None} == vars(other) | {"device": None}
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.low, self.high))
+
     @abstractmethod
     def _cdf(self, t: Tensor) -> Tensor: ...
 
@@ -234,6 +243,8 @@ class ShiftedUniform(_ClosedForm):
         return t / (self.shift - (self.shift - 1) * t)
 
     def _icdf(self, u: Tensor) -> Tensor:
+        if self.shift == 1:
+            return u
         return self.shift * u / (1 + (self.shift - 1) * u)
 
     def _pdf(self, t: Tensor) -> Tensor:
@@ -347,15 +358,17 @@ class Reweighted(Density):
         self._upper = self.cumulative[1:].contiguous()
         self._inner = self.edges[1:-1].contiguous()
         self._ratio = (self.edges[1:] - self.edges[:-1]) / self.mass
-        self._last_inside = torch.nextafter(self.edges[1:], self.edges[:-1])
+        # v = offset + u ratio; cells without mass are never drawn, so their entries may be anything.
+        offset = self.edges[:-1] - self.cumulative[:-1] * self._ratio
+        last_inside = torch.nextafter(self.edges[1:], self.edges[:-1])
+        self._cells = torch.stack([offset, self._ratio, last_inside], -1)
 
     def _invert(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """The quantile v of the base, and its cell."""
+        """The quantile v of the base, and p/q in its cell."""
         u = u.to(torch.float64)
-        cell = torch.searchsorted(self._upper, u, right=True)
-        v = self.edges[cell] + (u - self.cumulative[cell]) * self._ratio[cell]
+        offset, ratio, last_inside = self._cells[torch.searchsorted(self._upper, u, right=True)].unbind(-1)
         # Rounding must not carry v over into the next cell, whose factor is another one.
-        return torch.minimum(v, self._last_inside[cell]), cell
+        return torch.minimum(offset + u * ratio, last_inside), ratio
 
     def icdf(self, u: Float[Tensor, "..."]) -> Shaped[Tensor, "..."]:
         return self.base.icdf(self._invert(u)[0])
@@ -369,8 +382,8 @@ class Reweighted(Density):
 
         Not of the cell that a rounded t would be found in again: the neighbour's mass may be 0.
         """
-        v, cell = self._invert(u)
-        return self.base.icdf(v), self._ratio[cell]
+        v, ratio = self._invert(u)
+        return self.base.icdf(v), ratio
 
     def _cell(self, v: Tensor) -> Tensor:
         return torch.searchsorted(self._inner, v, right=True)
@@ -397,7 +410,7 @@ class Reweighted(Density):
 
     def to(self, device: torch.device | str) -> Reweighted:
         moved = Reweighted.__new__(Reweighted)
-        moved.base, moved.low, moved.high = self.base, self.low, self.high
+        moved.base, moved.low, moved.high = self.base.to(device), self.low, self.high
         moved.edges, moved.mass = self.edges.to(device), self.mass.to(device)
         moved.cumulative = self.cumulative.to(device)
         moved.device = moved.mass.device

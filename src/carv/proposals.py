@@ -94,7 +94,7 @@ def defensive(base: Density, proposal: Density, alpha: float = 0.1, cells: int =
         return DiscreteDensity(base.first, alpha * base.pmf + (1 - alpha) * proposal.prob(base.support))
     ours = _cells(base, cells)
     edges = ours.edges
-    if isinstance(proposal, Reweighted) and proposal.base is ours.base:
+    if isinstance(proposal, Reweighted) and proposal.base == ours.base:
         edges = torch.unique(torch.cat([edges, proposal.edges]))
     at = ours.base.icdf(edges.clamp(max=1 - 2**-53))
     cumulative_p, cumulative_q = ours.cdf(at), proposal.cdf(at)

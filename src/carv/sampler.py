@@ -153,7 +153,7 @@ class TimestepSampler:
             index = torch.searchsorted(law.cumulative, u, right=True)
             weighted = None if self._weighted is None else self._weighted[index]
             return Draws(index + law.first, self._weight[index], weighted, self.antithetic)
-        if isinstance(law, Reweighted) and law.base is self.base:
+        if isinstance(law, Reweighted) and law.base == self.base:
             t, ratio = law.draw_with_ratio(u)
         else:
             t, q = law.draw(u)

@@ -306,6 +306,7 @@ BAD = [
     (lambda: SAMPLER.sample(0, 4), "renders must be at least 1, got 0"),
     (lambda: SAMPLER.sample(1, 0), "renoise must be at least 1, got 0"),
     (lambda: SAMPLER.sample(1, 1, rank=2, world=2), r"rank must be in 0..world-1, got rank 2 of world 2"),
+    (lambda: SAMPLER.sample(1, 1, rank=1, world=2), "pass an rng, in the same state on all ranks"),
     (lambda: SAMPLER.sample(1, 1, world=0), "world must be at least 1"),
     (lambda: TimestepSampler(STEPS, antithetic=True).sample(1, 3), "even number of re-noisings"),
     (lambda: SAMPLER.restrict(9, 8), "low <= high"),

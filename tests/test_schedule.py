@@ -151,8 +151,12 @@ def test_flow_add_noise_is_that_of_diffusers() -> None:
 
 @pytest.mark.parametrize(("name", "options"), REFUSED, ids=lambda value: str(value))
 def test_refused_schedulers(name: str, options: dict[str, Any]) -> None:
-    scheduler = make(name, options)
-    for source in (scheduler, json.loads(scheduler.to_json_string())):
+    sources: list[Any] = [{"_class_name": name, **options}]
+    # diffusers puts a placeholder in place of some old schedulers where transformers is not installed.
+    if hasattr(getattr(diffusers, name, None), "to_json_string"):
+        scheduler = make(name, options)
+        sources += [scheduler, json.loads(scheduler.to_json_string())]
+    for source in sources:
         with pytest.raises(ValueError, match=name):
             NoiseSchedule.from_diffusers(source)
 

@@ -216,7 +216,7 @@ class _ClosedForm(Density):
 
     def to(self, device: torch.device | str) -> Density:
         moved = copy.copy(self)
-        moved.device = torch.device(device)
+        moved.device = torch.empty(0, device=device).device  # with its index, as tables and generators have it
         return moved
 
 

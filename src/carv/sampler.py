@@ -126,6 +126,8 @@ class TimestepSampler:
             ValueError: R, K, rank or world out of range; an odd K with antithetic noise; an rng elsewhere.
         """
         _check_counts(renders, renoise, rank, world)
+        if world > 1 and rng is None:
+            raise ValueError("with world > 1 pass an rng, in the same state on all ranks; global generators differ")
         distinct = renoise
         if self.antithetic:
             if renoise % 2:

@@ -219,6 +219,14 @@ def test_a_run_that_is_killed_and_then_interrupted_ends_where_an_unbroken_one_do
     assert checkpoint.read_bytes() == (tmp_path / "whole" / CHECKPOINT).read_bytes()
 
 
+def test_a_folder_that_cannot_be_written_is_said_before_any_training(cache, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    done = carv(cache, "sds", "a red chair", "--out", tmp_path / "file" / "x", "--steps", 10_000, check=False)
+    assert done.returncode == 2
+    assert "Not a directory" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_carv_compare_writes_a_figure_and_a_record_with_a_spread(cache, tmp_path):
     args = ["--seconds", 1, "--seeds", 2, "--snapshots", 3, "--renoise", 2]
     done = carv(cache, "compare", "a green mushroom", "--out", tmp_path, *args)

@@ -97,6 +97,7 @@ def compare(config: CompareConfig, out: Path, quiet: bool = False) -> dict[str, 
         ValueError: a prompt without a true object.
     """
     truth = TrueObject(config.prompt, views=4)
+    out.mkdir(parents=True, exist_ok=True)
     marks = [config.seconds * i / (config.snapshots - 1) for i in range(config.snapshots)]
     runs: dict[str, list[_Contestant]] = {name: [] for name in config.methods}
     with Report(f"carv compare: {config.prompt}", config.seeds * len(marks), quiet) as report:
@@ -115,7 +116,6 @@ def compare(config: CompareConfig, out: Path, quiet: bool = False) -> dict[str, 
             for name, contestant in pair.items():
                 runs[name].append(contestant)
     result = _result(config, runs)
-    out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "comparison.json", (json.dumps(result, indent=1) + "\n").encode())
     shown = [int(i) for i in np.linspace(1, len(marks) - 1, 6).round()]
     rows = [_strip([contestants[0].pictures[i] for i in shown], truth) for contestants in runs.values()]

@@ -47,6 +47,7 @@ def run(
         if saved is not None:
             trainer.load_state_dict(saved)
             report.say(f"going on from step {trainer.steps_done} in {out}")
+        out.mkdir(parents=True, exist_ok=True)  # before the work: a folder that cannot be written is said at once
         started, first = time.perf_counter(), trainer.steps_done
         try:
             while trainer.steps_done < config.steps:
@@ -68,7 +69,6 @@ def _noise(trainer: Trainer) -> str:
 
 def _results(trainer: Trainer, out: Path, seconds: float, steps: int) -> dict[str, Any]:
     config, field = trainer.config, trainer.field
-    out.mkdir(parents=True, exist_ok=True)
     write_turntable(out / "turntable.gif", field)
     rows = [render_all(field, turntable_cameras(8), 128)]
     agreement = None

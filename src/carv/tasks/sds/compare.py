@@ -80,11 +80,12 @@ class _Contestant:
             self.used += time.perf_counter() - start
 
     def look(self, truth: TrueObject) -> None:
-        agreement = truth.agreement(self.trainer.field)
+        rendered = truth.render(self.trainer.field)
+        agreement = truth.score(rendered)
         self.times.append(self.used)
         self.psnr.append(float(agreement.psnr.mean()))
         self.ssim.append(float(agreement.ssim.mean()))
-        self.pictures.append(truth.render(self.trainer.field)[1])
+        self.pictures.append(rendered[1])
 
 
 def compare(config: CompareConfig, out: Path, quiet: bool = False) -> dict[str, Any]:

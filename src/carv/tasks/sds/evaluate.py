@@ -51,9 +51,12 @@ class TrueObject:
         return rgb
 
     def agreement(self, field: VoxelField) -> Agreement:
-        """PSNR and SSIM of the field against the object, by torchmetrics."""
+        """PSNR and SSIM of the field against the object."""
+        return self.score(self.render(field))
+
+    def score(self, rendered: Tensor) -> Agreement:
+        """PSNR and SSIM of pictures that `render` gave, by torchmetrics."""
         metrics = require("torchmetrics.functional.image", "sds")
-        rendered = self.render(field)
         psnr = metrics.peak_signal_noise_ratio(rendered, self.pictures, data_range=1.0, reduction="none", dim=(1, 2, 3))
         ssim = metrics.structural_similarity_index_measure(rendered, self.pictures, data_range=1.0, reduction="none")
         return Agreement(psnr, ssim)

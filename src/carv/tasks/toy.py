@@ -48,7 +48,8 @@ class GaussianToy:
         self.schedule = schedule or NoiseSchedule.scaled_linear()
         self.weight = weight or sds(self.schedule)
         self.gain_std, self.data_std = gain_std, data_std
-        self.latent_shape, self.device, self.dtype = (dim,), torch.device("cpu"), dtype
+        self.latent_shape: tuple[int, ...] = (dim,)
+        self.device, self.dtype = torch.device("cpu"), dtype
         self.target = torch.linspace(-1, 1, dim, dtype=dtype)
         self.theta = (self.target + distance).requires_grad_()
 

@@ -50,16 +50,28 @@ def load_checkpoint(folder: Path, config: str) -> dict[str, Tensor] | None:
     Raises:
         RunFolderError: the folder holds a checkpoint of another configuration, or a damaged one.
     """
-    path = folder / CHECKPOINT
-    if not path.exists():
+    if not (folder / CHECKPOINT).exists():
         return None
-    try:
-        with safe_open(path, "pt") as file:
-            saved = (file.metadata() or {}).get("config")
-            if saved == config:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError) as error:
-        raise RunFolderError(f"{path} is damaged ({error}); remove it to start this run again") from error
+    tensors, saved = read_checkpoint(folder)
+    if saved == config:
+        return tensors
     raise RunFolderError(
         f"{folder} holds a run with other settings; give another --out, or --overwrite to start again there"
     )
+
+
+def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], str]:
+    """The checkpoint in a run's folder, and the configuration it was made with, as JSON.
+
+    Raises:
+        RunFolderError: there is none, or it is damaged.
+    """
+    path = folder / CHECKPOINT
+    if not path.exists():
+        raise RunFolderError(f"{folder} holds no {CHECKPOINT}: is it the --out of a `carv sds` run?")
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            return tensors, (file.metadata() or {}).get("config", "{}")
+    except (SafetensorError, OSError) as error:
+        raise RunFolderError(f"{path} is damaged ({error}); remove it to start this run again") from error

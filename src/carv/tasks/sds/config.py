@@ -13,12 +13,18 @@ from carv.adaptive import AdaptiveProposal
 from carv.density import DiscreteDensity, uniform_steps
 from carv.estimator import HierarchicalEstimator
 from carv.proposals import defensive, proportional
+from carv.rng import stream
 from carv.sampler import TimestepSampler
 from carv.schedule import NoiseSchedule
 from carv.strata import COUPLINGS
+from carv.tasks.sds.field import Field, VoxelField
+from carv.tasks.sds.hash_grid import HashGridConfig, HashGridField
 from carv.weights import WEIGHTS, Weight
+from carv.world.cameras import PAPER_RANGE, WORLD_RANGE, CameraRange
 
 ProposalName = Literal["uniform", "weight", "defensive", "adaptive"]
+FieldName = Literal["voxel", "hash"]
+CameraName = Literal["world", "paper"]
 CouplingName = Literal["iid", "per-render", "global", "systematic", "nested"]
 
 
@@ -91,14 +97,20 @@ class SDSConfig:
     """h of the exact teacher: each picture of its world is a Gaussian of this width."""
     size: int = 64
     """Pixels along each side of a render."""
+    cameras: CameraName = "world"
+    """What cameras are drawn from: those of the world's pictures, or the paper's (App. D.1.1)."""
+    field: FieldName = "voxel"
+    """What is optimised: a voxel grid, or an Instant-NGP style hash grid under small networks."""
+    hash_grid: HashGridConfig = dataclasses.field(default_factory=HashGridConfig)
+    """The hash grid's settings."""
     resolution: int = 48
-    """Voxels along each side of the field."""
+    """Voxels along each side of the voxel grid."""
     samples: int = 32
     """Points along each ray."""
     density_rate: float = 0.1
-    """Adam's learning rate for the density."""
+    """Adam's learning rate for the voxel grid's density."""
     colour_rate: float = 0.05
-    """Adam's learning rate for the colour."""
+    """Adam's learning rate for the voxel grid's colour."""
     final_rate: float = 0.1
     """The learning rates fall along a cosine to this share of themselves at the last step."""
     smoothness: float = 1e-4
@@ -118,6 +130,44 @@ class SDSConfig:
     def to_json(self) -> str:
         """One line that two equal configurations share."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> SDSConfig:
+        """What `to_json` gave.
+
+        Raises:
+            ValueError: another version's settings, or none.
+        """
+        try:
+            given = json.loads(text)
+            nested = {
+                "estimator": EstimatorConfig(**given["estimator"]),
+                "hash_grid": HashGridConfig(**given.get("hash_grid", {})),
+            }
+            return cls(**{**given, **nested})
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"these are not the settings of a text-to-3D run of this version: {error}") from error
+
+    def build_field(self) -> Field:
+        """The field before the first step."""
+        if self.field == "voxel":
+            return VoxelField(self.resolution, self.samples)
+        return HashGridField(self.hash_grid, self.samples, stream(self.seed, "field"))
+
+    @property
+    def camera_range(self) -> CameraRange:
+        """The range that `cameras` names."""
+        return PAPER_RANGE if self.cameras == "paper" else WORLD_RANGE
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Adam's learning rates by the names of a field's parameter groups, before they decay."""
+        return {
+            "density": self.density_rate,
+            "colour": self.colour_rate,
+            "geometry": self.hash_grid.geometry_rate,
+            "background": self.hash_grid.background_rate,
+        }
 
     @property
     def schedule(self) -> NoiseSchedule:

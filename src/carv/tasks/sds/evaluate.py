@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from carv.extras import require
-from carv.tasks.sds.field import VoxelField
+from carv.tasks.sds.field import Field
 from carv.world.cameras import held_out_cameras
 from carv.world.captions import parse_prompt
 from carv.world.render import render_object
@@ -44,13 +44,13 @@ class TrueObject:
         self.cameras = held_out_cameras(views)
         self.pictures = render_object(prompt, self.cameras, size)
 
-    def render(self, field: VoxelField) -> Tensor:
+    def render(self, field: Field) -> Tensor:
         """The field from the same cameras, `[views, 3, size, size]`."""
         with torch.no_grad():
             rgb: Tensor = field(self.cameras, self.size)[0]
         return rgb
 
-    def agreement(self, field: VoxelField) -> Agreement:
+    def agreement(self, field: Field) -> Agreement:
         """PSNR and SSIM of the field against the object."""
         return self.score(self.render(field))
 

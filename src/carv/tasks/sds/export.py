@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from carv.extras import require
-from carv.tasks.sds.field import VoxelField
+from carv.tasks.sds.field import Field
 from carv.world.cameras import WORLD_RANGE, Cameras
 
 _MESH_LEVEL = 10.0
@@ -24,13 +24,13 @@ def turntable_cameras(frames: int, elevation: float = 15.0) -> Cameras:
     return Cameras(torch.arange(frames) * (360 / frames), elevation * same, WORLD_RANGE.distance * same, fov * same)
 
 
-def render_all(field: VoxelField, cameras: Cameras, size: int) -> Tensor:
+def render_all(field: Field, cameras: Cameras, size: int) -> Tensor:
     """Pictures `[R, 3, size, size]`, one view at a time to bound memory."""
     with torch.no_grad():
         return torch.cat([field(cameras[i : i + 1], size)[0] for i in range(len(cameras))])
 
 
-def write_turntable(path: Path, field: VoxelField, frames: int = 36, size: int = 128) -> None:
+def write_turntable(path: Path, field: Field, frames: int = 36, size: int = 128) -> None:
     """An animated GIF of the object turning."""
     pictures = _bytes(render_all(field, turntable_cameras(frames), size))
     require("imageio.v3", "sds").imwrite(path, list(pictures), duration=3000 // frames, loop=0)
@@ -49,7 +49,7 @@ def write_contact_sheet(path: Path, rows: Sequence[Tensor], gap: int = 2) -> Non
     require("imageio.v3", "sds").imwrite(path, _bytes(sheet[None])[0])
 
 
-def write_mesh(path: Path, field: VoxelField, resolution: int = 96) -> int:
+def write_mesh(path: Path, field: Field, resolution: int = 96) -> int:
     """The surface at a fixed density as a mesh with vertex colours (.glb or .ply), by marching cubes.
 
     Returns:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from carv.gradient import Gradient, Renders
-from carv.tasks.sds.field import VoxelField
+from carv.tasks.sds.field import Field
 from carv.teachers.base import Condition, Teacher
 from carv.teachers.guidance import Guided
 from carv.weights import Weight
@@ -62,7 +62,7 @@ class SDS:
     def __init__(
         self,
         teacher: Teacher,
-        field: VoxelField,
+        field: Field,
         prompt: str,
         weight: Weight,
         guidance_scale: float,
@@ -76,6 +76,7 @@ class SDS:
         self.guidance_scale, self.cameras, self.stratify_azimuth = guidance_scale, cameras, stratify_azimuth
         self.latent_shape = teacher.latent_shape
         self.encode = encode or to_pixels(teacher.latent_shape[-1])
+        self.encoder_calls = 0 if encode is None else 1
         self.parameters = [parameter for parameter in field.parameters() if parameter.requires_grad]
         self.device, self.dtype = self.parameters[0].device, self.parameters[0].dtype
         self._conditions = teacher.encode_prompts([_with_view(prompt, word) for word in VIEW_WORDS])

@@ -9,18 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from carv.adaptive import AdaptiveProposal
 from carv.estimator import Estimate
 from carv.rng import stream
 from carv.tasks.sds.config import SDSConfig
-from carv.tasks.sds.field import VoxelField
+from carv.tasks.sds.field import Field
 from carv.tasks.sds.task import SDS
 from carv.teachers.base import Teacher
 from carv.teachers.exact import ExactTeacher
 from carv.weights import by_name
-from carv.world.cameras import WORLD_RANGE
 from carv.world.dataset import load_world
 
 _NOISE_MEMORY = 0.9
@@ -84,7 +82,7 @@ class Trainer:
 
     def __init__(self, config: SDSConfig, teacher: Teacher) -> None:
         self.config = config
-        self.field = VoxelField(config.resolution, config.samples)
+        self.field: Field = config.build_field()
         weight = by_name(config.weight, teacher.schedule)
         self.task = SDS(
             teacher,
@@ -92,32 +90,31 @@ class Trainer:
             config.prompt,
             weight,
             config.guidance_scale,
-            WORLD_RANGE,
+            config.camera_range,
             config.size,
             negative=config.negative,
             stratify_azimuth=config.stratify_azimuth,
         )
         self.estimator = config.estimator.build(weight)
+        groups = self.field.parameter_groups()
+        self.rates = [config.rates[name] for name in groups]
         self.optimiser = torch.optim.Adam(
-            [
-                {"params": [self.field.density], "lr": config.density_rate},
-                {"params": [self.field.colour], "lr": config.colour_rate},
-            ],
-            betas=(0.9, 0.99),
-            eps=1e-15,
+            [{"params": group} for group in groups.values()], betas=(0.9, 0.99), eps=1e-15
         )
         self.steps_done = 0
         self.noise = GradientNoise()
 
     def step(self) -> Estimate:
         """One optimiser step."""
-        estimate = self.estimator.estimate(self.task, stream(self.config.seed, "step", self.steps_done))
+        here = stream(self.config.seed, "step", self.steps_done)
+        estimate = self.estimator.estimate(self.task, here)
         self.noise.update(torch.cat([gradient.flatten() for gradient in estimate.gradient]))
         estimate.assign_to(self.task.parameters)
-        self._regularise(estimate.f_mean[0].numel())
+        self._regularise(estimate.f_mean[0].numel(), here.child("regulariser").generator())
         self._set_rates()
         self.optimiser.step()
         self.steps_done += 1
+        self.field.at_step(self.steps_done)
         return estimate
 
     def _set_rates(self) -> None:
@@ -125,14 +122,12 @@ class Trainer:
         config = self.config
         done = min(self.steps_done / config.steps, 1.0)
         share = config.final_rate + (1 - config.final_rate) * (1 + math.cos(math.pi * done)) / 2
-        for group, rate in zip(self.optimiser.param_groups, (config.density_rate, config.colour_rate), strict=True):
+        for group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
             group["lr"] = share * rate
 
-    def _regularise(self, latent_entries: int) -> None:
-        """Add the gradient of the regularisers: smooth, and empty where nothing asks for matter."""
-        config = self.config
-        loss = config.smoothness * self.field.total_variation()
-        loss = loss + config.sparsity * functional.softplus(self.field.density).mean()
+    def _regularise(self, latent_entries: int, generator: torch.Generator) -> None:
+        """Add the gradient of the field's regulariser."""
+        loss = self.field.regulariser(self.config.smoothness, self.config.sparsity, generator)
         torch.autograd.backward(latent_entries * loss)  # adds to .grad
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -157,6 +152,7 @@ class Trainer:
         if isinstance(self.estimator.sampler.proposal, AdaptiveProposal):
             self.estimator.sampler.proposal.load_state_dict(_below("adaptive.", tensors))
         self.steps_done = int(tensors["steps_done"])
+        self.field.at_step(self.steps_done)
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -8,10 +8,12 @@ proposal is stratified by its own quantiles, because these u go through its inve
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import lru_cache
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 Uniforms = Float[Tensor, "R K"]
@@ -73,6 +75,68 @@ def nested(renders: int, renoise: int, rng: torch.Generator | None, device: torc
     return in_order.gather(1, torch.argsort(_rand((renoise, renders), rng, device), 1)).T
 
 
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """u[r, :] from a joint law Q of two bins: a pair-probability design of App. D.1.6, for K = 2.
+
+        (i, j) ~ Q for each render,   u[r, 0] ~ U[c_{i-1}, c_i),   u[r, 1] ~ U[c_{j-1}, c_j),   c = cumsum(pi)
+
+    with pi the marginals of Q: bin i is an interval of length pi_i, so each u is exactly U(0, 1). With the proposal
+    whose bins have mass pi (`carv.variance.predict.pair_proposal`) the weights p/q are Horvitz-Thompson's p/pi
+    (Eq. 65). Renders are independent. It is called like the other couplings, with renoise = 2; with antithetic noise
+    that is two pairs.
+
+    Attributes:
+        joint: `[N, N]`, Q: a symmetric law of ORDERED pairs of bins, sum 1. It is copied.
+
+    Raises:
+        ValueError: a law that is not symmetric, negative somewhere, or not of sum 1; a call with renoise other than 2.
+
+    Example:
+        >>> halves = Pairs(torch.tensor([[0.0, 0.5], [0.5, 0.0]], dtype=torch.float64))
+        >>> (halves(3, 2, torch.Generator().manual_seed(0), torch.device("cpu")) < 0.5).sum(1).tolist()
+        [1, 1, 1]
+    """
+
+    joint: Float[Tensor, "N N"] | Float64[np.ndarray, "N N"]
+    _tables: dict[torch.device, tuple[Tensor, ...]] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        q = torch.as_tensor(self.joint).to("cpu", torch.float64, copy=True)
+        if not (torch.allclose(q, q.T, rtol=0, atol=1e-12) and abs(q.sum() - 1) < 1e-8 and q.min() >= -1e-12):
+            raise ValueError("a pair design is a symmetric law of ordered pairs: not negative, with sum 1")
+        q = ((q + q.T) / 2).clamp(min=0)
+        object.__setattr__(self, "joint", q / q.sum())
+
+    @property
+    def marginals(self) -> Float[Tensor, " N"]:
+        """pi, float64: how likely either draw is to lie in each bin."""
+        return torch.as_tensor(self.joint).sum(1)
+
+    @property
+    def ends(self) -> Float[Tensor, " N1"]:
+        """c, `[N + 1]`: the ends of the bins in u, from 0 to exactly 1."""
+        total = self.marginals.cumsum(0)
+        return torch.cat([total.new_zeros(1), total / total[-1]])
+
+    def __call__(self, renders: int, renoise: int, rng: torch.Generator | None, device: torch.device) -> Uniforms:
+        if renoise != 2:
+            raise ValueError(f"a pair design draws two timesteps for each render, got renoise = {renoise}")
+        if device not in self._tables:
+            self._tables[device] = tuple(table.to(device) for table in self._lookup())
+        cumulative, lower, width, last = self._tables[device]
+        drawn = _rand((renders, 3), rng, device)
+        pair = torch.searchsorted(cumulative, drawn[:, :1].contiguous(), right=True)
+        bins = torch.cat([pair // len(lower), pair % len(lower)], 1)
+        return torch.minimum(lower[bins] + drawn[:, 1:] * width[bins], last[bins])
+
+    def _lookup(self) -> tuple[Tensor, ...]:
+        """The CDF of the flattened pairs; of each bin the lower end, the length, and the last number inside."""
+        # Divided by its own last entry it ends at exactly 1, and pairs of mass zero are never found.
+        total, ends = torch.as_tensor(self.joint).flatten().cumsum(0), self.ends
+        return total / total[-1], ends[:-1], ends.diff(), torch.nextafter(ends[1:], torch.zeros_like(ends[1:]))
+
+
 COUPLINGS: dict[str, Coupling] = {
     "iid": iid,
     "per-render": per_render,
@@ -80,7 +144,7 @@ COUPLINGS: dict[str, Coupling] = {
     "systematic": systematic,
     "nested": nested,
 }
-"""The names that the command line takes. In code, pass the functions."""
+"""The names that the command line takes. In code, pass the functions; `Pairs` needs its law, and has no name."""
 
 
 def _rand(shape: tuple[int, ...], rng: torch.Generator | None, device: torch.device) -> Tensor:

@@ -1,9 +1,7 @@
 """What a design does to the tables: the joint law of two of its draws, with their weights, over bins of t.
 
-Two axes: u, the uniforms that a coupling makes, is CDF_q(t); v = CDF_p(t) is where the bins are. They are joined by
-one increasing line, whose slope dv/du is the weight omega = p/q. For discrete laws it is straight within an atom, for
-piecewise laws within a cell, so what follows is exact; a closed-form q over another closed-form p is made straight on
-8192 cells. Strata cut the line in u, bins in v: all masses are lengths of its pieces, and no grid in t is needed.
+Strata cut the line of `carv.variance.lines` in u = CDF_q(t), bins in v = CDF_p(t): all masses are lengths of its
+pieces, and no grid in t is needed.
 
 Within a bin F is taken as linear, with its mean in the bin kept and the slope from the two neighbours:
 
@@ -19,98 +17,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from carv import strata
-from carv.density import Density, DiscreteDensity, Reweighted
-from carv.strata import Coupling
-from carv.variance.tables import describe
+from carv.strata import Coupling, Pairs
+from carv.variance.lines import Line, Pieces, line
 
-_CELLS = 8192
-
-
-@dataclass(frozen=True, eq=False)
-class Line:
-    """v against u for a proposal q of a base p: vertices of a polyline from (0, 0) to (1, 1).
-
-    Attributes:
-        u, v: `[n + 1]`, cumulative q and p. A piece with dv = 0 has weight 0; one with du = 0 is never drawn.
-    """
-
-    u: np.ndarray
-    v: np.ndarray
-
-    def slopes(self) -> np.ndarray:
-        """`[n]`, omega = p/q on each piece; infinite where q = 0 and p is not."""
-        du, dv = np.diff(self.u), np.diff(self.v)
-        never = np.where(dv > 0, np.inf, 0.0)
-        slopes: np.ndarray = np.divide(dv, du, out=never, where=du > 0)
-        return slopes
-
-    def weight(self, v: np.ndarray) -> np.ndarray:
-        """omega at quantiles v of p."""
-        piece = np.searchsorted(self.v, v, side="right") - 1
-        omega: np.ndarray = self.slopes()[piece.clip(0, len(self.v) - 2)]
-        return omega
-
-    def cut(self, edges: np.ndarray, cuts: np.ndarray) -> _Pieces:
-        """The line cut at its vertices, at v = edges and at u = cuts."""
-        ends = np.unique(np.concatenate([self.u, np.interp(edges, self.v, self.u), cuts]))
-        middle = (ends[1:] + ends[:-1]) / 2
-        piece = (np.searchsorted(self.u, middle, side="right") - 1).clip(0, len(self.u) - 2)
-        omega = self.slopes()[piece]
-        v = self.v[piece] + omega * (middle - self.u[piece])
-        bins = (np.searchsorted(edges, v, side="right") - 1).clip(0, len(edges) - 2)
-        return _Pieces(ends, middle, omega, v, bins)
-
-
-@dataclass(frozen=True, eq=False)
-class _Pieces:
-    """Ends in u `[m + 1]`; the middle in u, omega, the middle in v, and the bin of each piece `[m]`."""
-
-    ends: np.ndarray
-    middle: np.ndarray
-    omega: np.ndarray
-    v: np.ndarray
-    bins: np.ndarray
-
-    @property
-    def mass(self) -> np.ndarray:
-        """Each piece's p-mass, its length in v."""
-        return np.asarray(self.omega * np.diff(self.ends))
-
-
-def line(base: Density, proposal: Density | None) -> Line:
-    """The line that joins u to v.
-
-    Raises:
-        ValueError: a discrete and a continuous law together.
-    """
-    if proposal is None or proposal is base:
-        return Line(np.array([0.0, 1.0]), np.array([0.0, 1.0]))
-    if base.discrete != proposal.discrete:
-        raise ValueError("the base and the proposal must be both discrete or both continuous")
-    if isinstance(base, DiscreteDensity):
-        support = torch.arange(int(min(base.low, proposal.low)), int(max(base.high, proposal.high)) + 1)
-        laws = (law.cdf(support.to(law.device)) for law in (proposal, base))
-        u, v = (np.concatenate([[0.0], cdf.cpu().numpy()]) for cdf in laws)
-        return Line(u, v)
-    (root_p, edges_p, below_p), (root_q, edges_q, below_q) = _cells(base), _cells(proposal)
-    if root_p is root_q or describe(root_p) == describe(root_q):
-        at = np.union1d(edges_p, edges_q)
-        return Line(np.interp(at, edges_q, below_q), np.interp(at, edges_p, below_p))
-    v = np.linspace(0, 1, _CELLS + 1)
-    t = base.icdf(torch.from_numpy(v).clamp(max=1 - 2**-53).to(base.device))
-    t[0], t[-1] = base.low, base.high
-    u = proposal.cdf(t.to(proposal.device)).cpu().numpy()
-    # What q has outside the range of p: weight 0.
-    return Line(np.concatenate([[0.0], u, [1.0]]), np.concatenate([[0.0], v, [1.0]]))
-
-
-def _cells(law: Density) -> tuple[Density, np.ndarray, np.ndarray]:
-    if isinstance(law, Reweighted):
-        return law.base, law.edges.cpu().numpy(), law.cumulative.cpu().numpy()
-    return law, np.array([0.0, 1.0]), np.array([0.0, 1.0])
+__all__ = ["Line", "PairLaw", "line", "pair_law"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,20 +52,23 @@ def pair_law(
         global       Qw = Qc = B/(B-1) (p p' - sum_b a_b a_b'), b of B
         nested       Qw as per_render;   Qc = p p' - sum_c a_c a_c' + R/(R-1) (sum_c a_c a_c' - sum_b a_b a_b'), c of K
         systematic   Qw = Qc = (E_xi[h h'] - B same_t) / (B (B-1)),   h_i(xi) = sum of omega L_i over the lattice
+        Pairs        Qw = sum_bc Q_bc / (pi_b pi_c) a_b a_c', b and c of its bins;   Qc = p p'
 
     Args:
         joined: the line of the proposal.
         edges: `[M + 1]`, the bins in v.
         renders, renoise: R and K of the coupling. With antithetic noise K is the number of PAIRS of a render.
-        coupling: a function of `carv.strata`.
+        coupling: a function of `carv.strata`, or one of its `Pairs`.
         atoms: whether each bin is one atom of p.
 
     Raises:
-        ValueError: counts below 1; a coupling without a known pair law.
+        ValueError: counts below 1; a coupling without a known pair law; `Pairs` with other than two draws.
     """
     if renders < 1 or renoise < 1:
         raise ValueError(f"a design needs at least one render and one draw, got renders={renders}, renoise={renoise}")
-    if coupling not in _LAWS:
+    if isinstance(coupling, Pairs) and renoise != 2:
+        raise ValueError(f"a pair design draws two timesteps for each render, got renoise = {renoise}")
+    if not isinstance(coupling, Pairs) and coupling not in _LAWS:
         known = ", ".join(law.__name__ for law in _LAWS)
         raise ValueError(f"no pair law is known for the coupling {coupling!r}; known are {known} of carv.strata")
     size = len(edges) - 1
@@ -164,7 +79,7 @@ def pair_law(
     scale = np.divide(p, seen, out=np.zeros(size), where=seen > 0)
     design = _Design(joined, edges, scale, p * (seen > 0), renders, renoise, atoms)
     same_t = design.same_t(whole)
-    within, across = _LAWS[coupling](design)
+    within, across = _pairs(design, coupling) if isinstance(coupling, Pairs) else _LAWS[coupling](design)
     zero = np.zeros((size, size))
     return PairLaw(same_t, within if renoise > 1 else zero, across if renders > 1 else zero)
 
@@ -180,9 +95,12 @@ class _Design:
     atoms: bool
 
     def masses(self, count: int) -> np.ndarray:
-        """a_b(i), `[count, M]`."""
-        cuts = np.arange(count + 1) / count
-        pieces = self.joined.cut(self.edges, cuts)
+        """a_b(i), `[count, M]`, of equal strata."""
+        return self.masses_between(np.arange(count + 1) / count)
+
+    def masses_between(self, cuts: np.ndarray) -> np.ndarray:
+        """a_b(i), `[len(cuts) - 1, M]`, of the strata between the cuts in u."""
+        count, pieces = len(cuts) - 1, self.joined.cut(self.edges, cuts)
         stratum = (np.searchsorted(cuts, pieces.middle, side="right") - 1).clip(0, count - 1)
         return self.spread(stratum, pieces.bins, pieces.mass, pieces.v, count)
 
@@ -208,7 +126,7 @@ class _Design:
         size = len(self.p)
         return np.bincount((row * size + column).ravel(), weight.ravel(), rows * size).reshape(rows, size)
 
-    def same_t(self, pieces: _Pieces) -> np.ndarray:
+    def same_t(self, pieces: Pieces) -> np.ndarray:
         """sum q omega^2 L L', `[M, M]`: over a piece, the square at its middle plus the slope's share of dv^2 / 12."""
         weight = pieces.omega * pieces.mass * self.scale[pieces.bins] ** 2
         size = len(self.p)
@@ -260,6 +178,14 @@ def _nested(design: _Design) -> _Laws:
     coarse = fine.reshape(design.renoise, design.renders, -1).sum(1)
     both, same = np.outer(design.p, design.p), coarse.T @ coarse
     return _different(both, same, design.renoise), both - same + _different(same, fine.T @ fine, design.renders)
+
+
+def _pairs(design: _Design, coupling: Pairs) -> _Laws:
+    pi = coupling.marginals.numpy()
+    # Given its bin b a draw is uniform over a length of pi_b, so that a_b / pi_b is its mean contribution.
+    mean = np.divide(1.0, pi, out=np.zeros_like(pi), where=pi > 0)[:, None]
+    mean = mean * design.masses_between(coupling.ends.numpy())
+    return mean.T @ np.asarray(coupling.joint) @ mean, np.outer(design.p, design.p)
 
 
 def _systematic(design: _Design) -> _Laws:

@@ -17,12 +17,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from carv import proposals
-from carv.density import Density
-from carv.strata import Coupling, iid, per_render
-from carv.variance.designs import Line, PairLaw, line, pair_law
+from carv.density import Density, DiscreteDensity, Reweighted
+from carv.strata import Coupling, Pairs, iid, per_render
+from carv.variance.designs import PairLaw, pair_law
 from carv.variance.jackknife import Jackknifed, derived
+from carv.variance.lines import Line, line
 from carv.variance.tables import Tables
 
 
@@ -83,13 +85,14 @@ def predict(
         tables: of a pilot, or exact ones.
         renders, renoise: R and K of the design, >= 1.
         proposal: q; `None` is p. Of an adaptive proposal pass its `law`.
-        coupling: a function of `carv.strata`.
+        coupling: a function of `carv.strata`, or one of its `Pairs`, mostly with the proposal of `pair_proposal`.
         antithetic: draws 2j and 2j + 1 of a render share t and have noise of opposite signs; the coupling spreads
             the K/2 pairs.
 
     Raises:
         ValueError: a count below 1, an odd K with antithetic noise or tables without it, a coupling without a
-            known pair law, a proposal that is zero where a contribution was measured.
+            known pair law, `Pairs` with other than two draws (two pairs with antithetic noise) a render, a proposal
+            that is zero where a contribution was measured.
     """
     if antithetic and renoise % 2:
         raise ValueError(f"antithetic noise needs an even number of re-noisings, got renoise = {renoise}")
@@ -144,6 +147,48 @@ def oracle_proposal(tables: Tables, given_strata: bool = False, share: float = 0
     base, at = tables.base, tables.t[first]
     best = proposals.oracle(base, at.to(base.device), moment[first].to(base.device))
     return best if share == 0 else proposals.defensive(base, best, share)
+
+
+def pair_proposal(tables: Tables, coupling: Pairs) -> Density:
+    """The proposal whose bins have the marginals pi of a pair design: with it p/q is Horvitz-Thompson's p_i / pi_i.
+
+        q(t) = p(t) pi_i / p_i   for t in bin i                                                      (Eq. 65)
+
+    An atom of p that several bins share has the sum of its parts. `predict(tables, R, 2, pair_proposal(tables, design),
+    design)` is Eq. 66 for R = 1; the sampler of the design is `TimestepSampler(base, q, coupling=design)`.
+
+    Args:
+        tables: whose bins the design is over.
+        coupling: the design.
+
+    Raises:
+        ValueError: a design over another number of bins.
+
+    Example:
+        >>> design = Pairs(pairs.optimal(targets, pairs.marginals(targets)))            # doctest: +SKIP
+        >>> predict(tables, 1, 2, pair_proposal(tables, design), design).variance       # doctest: +SKIP
+    """
+    pi, base, edges = coupling.marginals, tables.base, _array(tables.edges)
+    if len(pi) != len(edges) - 1:
+        raise ValueError(f"the pair design is over {len(pi)} bins, the tables have {len(edges) - 1}")
+    if isinstance(base, DiscreteDensity):
+        if tables.atoms and len(pi) == len(base.pmf):
+            mass = pi  # as it is: the atoms then end in u exactly where the design's bins do
+        else:
+            ends = np.interp(_array(base.cumulative.cpu()), edges, _array(coupling.ends))
+            mass = torch.from_numpy(np.diff(ends, prepend=0.0))
+        return DiscreteDensity(base.first, mass).to(base.device)
+    if isinstance(base, Reweighted):
+        return _finer(base, edges, _array(coupling.ends))
+    return Reweighted(base, tables.edges, pi).to(base.device)
+
+
+def _finer(base: Reweighted, edges: np.ndarray, ends: np.ndarray) -> Reweighted:
+    """Over a base that is piecewise itself: cells of the closed form below it, cut where p/q or the bin changes."""
+    below, cumulative = _array(base.edges.cpu()), _array(base.cumulative.cpu())
+    cells = np.union1d(below, np.interp(edges, cumulative, below))
+    mass = np.diff(np.interp(np.interp(cells, below, cumulative), edges, ends))
+    return Reweighted(base.base, torch.from_numpy(cells), torch.from_numpy(mass)).to(base.device)
 
 
 Method = tuple[Density | None, Coupling]

@@ -4,7 +4,7 @@ import jaxtyping
 from hypothesis import settings
 
 CHECKED = ("schedule", "weights", "density", "proposals", "adaptive", "strata", "sampler", "estimator", "gradient")
-VARIANCE = ("values", "moments", "stopping", "measure", "reference", "cost", "vjp")
+VARIANCE = ("values", "moments", "stopping", "measure", "reference", "cost", "vjp", "paired", "memory")
 jaxtyping.install_import_hook(
     [f"carv.{name}" for name in CHECKED] + [f"carv.variance.{name}" for name in VARIANCE], "typecheck.checked"
 )

@@ -1,4 +1,5 @@
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,7 +61,7 @@ def test_warm_up_is_not_timed_and_the_median_ignores_outliers():
     cost = measure_cost({"a": step}, stream(0), repetitions=21, clock=lambda: now[0])["a"]
     assert (cost.median, cost.low, cost.high) == (1.0, 1.0, 1.0)
     assert cost.repetitions == 21
-    assert cost.peak_bytes is None
+    assert cost.peak_bytes is None or cost.peak_bytes >= 0
 
 
 def test_the_interval_of_the_median_covers_for_a_skewed_law():
@@ -187,3 +188,20 @@ def test_the_simulated_cost_counts_teacher_calls():
     assert SimulatedCost(20.0).predict(2, 8) == Value(56.0, 0.0)
     with pytest.raises(ValueError, match="positive"):
         SimulatedCost(0.0)
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="the peak of a CPU process is known on Linux only"
+)
+def test_peak_memory_of_a_step_on_the_cpu_is_what_it_holds_at_once():
+    megabytes = 64 << 20
+
+    def step(count: int) -> None:
+        for _ in range(2):  # one after the other: the peak is of one
+            torch.zeros(count * megabytes, dtype=torch.uint8).add_(1)
+
+    found = measure_cost({"1": lambda: step(1), "3": lambda: step(3)}, stream(0), repetitions=6)
+    for name in ("1", "3"):
+        peak = found[name].peak_bytes
+        assert peak is not None
+        assert 0.9 * int(name) * megabytes < peak < 1.3 * int(name) * megabytes

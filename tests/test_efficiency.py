@@ -5,6 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from carv.rng import Stream
+from carv.variance.cost import fit_cost
 from carv.variance.efficiency import Point, comparable, ecm, pareto_front, relative_efficiency
 from carv.variance.jackknife import Jackknifed
 from carv.variance.values import Value
@@ -139,3 +141,34 @@ def test_a_point_that_may_be_on_the_front_is_left_out_only_by_a_clearly_better_o
     points = [point(2.0, 1.0, 0.2), point(2.1, 2.0, 0.2), point(4.0, 3.0, 0.2)]
     assert pareto_front(points) == points[:1]
     assert pareto_front(points, clearly=True) == points[:2]
+
+
+def test_costs_of_one_model_err_together():
+    model = fit_cost(
+        {cell: Value(1 + 5 * cell[0] + cell[0] * cell[1], 0.5) for cell in ((1, 1), (1, 8), (2, 1), (4, 4))}
+    )
+    one = Point("one", Value(4.0, 0.0), model.predict(1, 1))
+    same = ecm(one, Point("same", Value(2.0, 0.0), model.predict(1, 1)))
+    assert same.value.value == pytest.approx(2.0)
+    assert same.value.error == pytest.approx(0.0, abs=1e-9)
+    # Against costs drawn from the model's own law: the spread of their ratio.
+    rng = np.random.default_rng(0)
+    covariance = np.array(model.covariance)
+    drawn = rng.multivariate_normal([1, 5, 1], covariance, 20_000)
+    ratios = (drawn @ [1, 1, 1]) / (drawn @ [1, 1, 8])
+    found = ecm(one, Point("other", Value(4.0, 0.0), model.predict(1, 8)))
+    assert found.value.error == pytest.approx(ratios.std(), rel=0.05)
+    apart = ecm(one, Point("other", Value(4.0, 0.0), Value(model.predict(1, 8).value, model.predict(1, 8).error)))
+    assert apart.value.error > 1.2 * found.value.error
+
+
+def test_the_interval_can_be_bootstrapped_and_agrees_with_the_jackknifes():
+    one, other = (Point("x", figure, Value(1.0, 0.0)) for figure in pilot(4.0, 1.0))
+    plain, resampled = ecm(one, other), ecm(one, other, resample=Stream(0))
+    assert resampled.value == plain.value
+    assert resampled.interval != plain.interval
+    assert resampled.interval == ecm(one, other, resample=Stream(0)).interval
+    for a, b in zip(plain.interval, resampled.interval, strict=True):
+        assert a - plain.value.value == pytest.approx(b - plain.value.value, rel=0.3)
+    exact = ecm(point(4.0, 1.0), point(1.0, 2.0), resample=Stream(0))
+    assert exact.interval == pytest.approx((exact.value.value, exact.value.value))

@@ -114,6 +114,8 @@ def test_tables_do_not_depend_on_batches_or_on_how_gradients_are_taken():
 
 
 class Counting(GaussianToy):
+    encoder_calls = 2
+
     def __init__(self):
         super().__init__()
         self.calls = {"upstream": 0, "teacher": 0, "backward": 0}
@@ -136,7 +138,7 @@ class Counting(GaussianToy):
 def test_what_a_pilot_has_spent_is_counted(antithetic):
     task = Counting()
     tables = pilot(task, BASE, stream(5), renders=4, bins=5, noises=2, antithetic=antithetic)
-    assert vars(tables.counts) == task.calls
+    assert vars(tables.counts) == task.calls | {"encoder": 4 * task.encoder_calls}
     assert task.calls["backward"] == 4 * 5 * (3 if antithetic else 2)
 
 

@@ -18,6 +18,7 @@ from typing import Protocol
 import numpy as np
 
 from carv.density import Density
+from carv.rng import Stream
 from carv.strata import COUPLINGS, Coupling, iid
 from carv.variance.efficiency import ECM, Figure, Point, comparable, ecm
 from carv.variance.jackknife import Jackknifed, derived
@@ -138,6 +139,7 @@ def advise(
     proposals: Mapping[str, Density | None] = UNIFORM,
     couplings: Mapping[str, Coupling] = _SAFE,
     cost: str = "seconds",
+    resample: Stream | None = None,
 ) -> Advice:
     """The best of the cells R x K x proposal x coupling, and, where the tables have them, antithetic pairs.
 
@@ -153,6 +155,7 @@ def advise(
         proposals: name -> q; `None` is p. A proposal that was fitted to THESE tables looks better than it is.
         couplings: name -> function of `carv.strata`; of those that agree in a cell the first is named.
         cost: the unit, for the record.
+        resample: for the interval of the gain, as of `carv.variance.efficiency.ecm`.
 
     Raises:
         ValueError: both a budget and a target; no cell that meets it; nothing to choose from; no positive variance.
@@ -172,7 +175,7 @@ def advise(
 
     proposal, coupling = proposals[best.design.proposal], couplings[best.design.coupling]
     curve = _baseline(tables, cost_model, best)
-    gain = ecm(curve[0], best.point, anchor="method", baseline_curve=curve, cost=cost)
+    gain = ecm(curve[0], best.point, anchor="method", baseline_curve=curve, cost=cost, resample=resample)
     ideal = best_renoise(tables, cost_model, proposal)
     binds, clearly, share = _binding(best.prediction)
     reason = _reason(best, binds, share, ideal, cost_ratio(cost_model))
@@ -183,7 +186,8 @@ def advise(
 def best_renoise(tables: Tables, cost_model: Cost, proposal: Density | None = None) -> Value:
     """K* = sqrt(c_upstream/c_denoise * sigma_w^2(q)/sigma_b^2) for iid draws from q.
 
-    Infinite where sigma_b^2 is estimated as 0 or less; 0 where sigma_w^2 is. Costs are taken as exact.
+    Infinite where sigma_b^2 is estimated as 0 or less, and where a draw is free; 0 where sigma_w^2 is estimated as 0 or
+    less. Costs are taken as exact.
 
     Args:
         tables: of a pilot, or exact ones.
@@ -191,7 +195,7 @@ def best_renoise(tables: Tables, cost_model: Cost, proposal: Density | None = No
         proposal: q; `None` is p.
 
     Raises:
-        ValueError: as of `cost_ratio`, and of `predict`.
+        ValueError: as of `predict`.
     """
     one, relative = predict(tables, 1, 1, proposal, iid), cost_ratio(cost_model)
 
@@ -201,7 +205,7 @@ def best_renoise(tables: Tables, cost_model: Cost, proposal: Density | None = No
             return np.asarray(np.sqrt(relative * np.divide(within, floor)))
 
     parts = one.variance, one.split.render
-    if parts[1].value <= 0:
+    if parts[1].value <= 0 or math.isinf(relative):
         return Value(math.inf, math.nan)
     found = derived(ideal, *parts)
     known = np.isfinite(found.without).all() and np.isfinite(found.without_block).all()
@@ -209,17 +213,11 @@ def best_renoise(tables: Tables, cost_model: Cost, proposal: Density | None = No
 
 
 def cost_ratio(cost_model: Cost) -> float:
-    """c_upstream / c_denoise of any model: one more render against one more draw.
-
-    Raises:
-        ValueError: a model in which one more draw is free.
-    """
+    """c_upstream / c_denoise of any model: one more render against one more draw; infinite where a draw is free."""
     start = cost_model.predict(1, 1).value
     draw = cost_model.predict(1, 2).value - start
     if not draw > 0:
-        raise ValueError(
-            "one more re-noising costs nothing in this cost model, so there is no best K: take the largest"
-        )
+        return math.inf
     return max(0.0, cost_model.predict(2, 1).value - start - draw) / draw
 
 
@@ -323,9 +321,15 @@ def _reason(best: Candidate, binds: str, share: float, ideal: Value, relative: f
     spread = f"{(ideal.value / math.sqrt(relative)) ** 2:.3g}" if relative > 0 else "any"
     reuse = "reuse pays" if ideal.value >= 2 else "reuse does not pay"
     design = best.design
+    if math.isinf(relative):
+        first = "One more draw cost nothing that could be measured, so the largest K is best"
+    else:
+        first = (
+            f"One render costs as much as {relative:.3g} draws and sigma_w^2/sigma_b^2 is {spread}, so K* is {ideal} "
+            f"and {reuse}"
+        )
     return (
-        f"One render costs as much as {relative:.3g} draws and sigma_w^2/sigma_b^2 is {spread}, so K* is {ideal} and "
-        f"{reuse}; at (R, K) = ({design.renders}, {design.renoise}) the {binds} binds with {share:.0%} of the "
+        f"{first}; at (R, K) = ({design.renders}, {design.renoise}) the {binds} binds with {share:.0%} of the "
         f"variance, so {_REMEDY[binds]}."
     )
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from carv.rng import Stream
+from carv.variance.memory import PeakMemory
 from carv.variance.values import NORMAL_95, Value, ratio
 
 _FEWEST = 6  # with fewer repetitions even the whole range covers the median with less than 95 %
@@ -25,8 +26,7 @@ class StepCost:
         median: of the repetitions.
         low, high: a 95 % interval of the median, two order statistics: true for any law of the times.
         times: of the repetitions, in the order of the rounds, so that those of two steps pair up.
-        peak_bytes: the most memory that tensors held at once on the accelerator, over all repetitions; None on a
-            CPU, where torch does not count.
+        peak_bytes: the most memory of any repetition, see `carv.variance.memory.PeakMemory`; None where unknown.
     """
 
     median: float
@@ -83,19 +83,20 @@ def measure_cost(
         for _ in range(warmup):
             steps[name]()
     times: dict[str, list[float]] = {name: [] for name in names}
-    peak: dict[str, int] = dict.fromkeys(names, 0)
+    peak: dict[str, int | None] = dict.fromkeys(names)
     for _ in range(repetitions):
         for i in torch.randperm(len(names), generator=rng).tolist():
             seconds, held = _timed(steps[names[i]], device, clock)
             times[names[i]].append(seconds)
-            peak[names[i]] = max(peak[names[i]], held)
-    return {name: _summary(times[name], peak[name] if device.type == "cuda" else None) for name in names}
+            if held is not None:
+                peak[names[i]] = max(peak[names[i]] or 0, held)
+    return {name: _summary(times[name], peak[name]) for name in names}
 
 
-def _timed(step: Callable[[], object], device: torch.device, clock: Callable[[], float]) -> tuple[float, int]:
+def _timed(step: Callable[[], object], device: torch.device, clock: Callable[[], float]) -> tuple[float, int | None]:
     accelerated = device.type != "cpu"
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    memory = PeakMemory(device)
+    memory.start()
     if accelerated:
         torch.accelerator.synchronize(device)
     begin = clock()
@@ -103,7 +104,7 @@ def _timed(step: Callable[[], object], device: torch.device, clock: Callable[[],
     if accelerated:
         torch.accelerator.synchronize(device)
     seconds = clock() - begin
-    return seconds, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    return seconds, memory.bytes()
 
 
 def _summary(times: list[float], peak_bytes: int | None) -> StepCost:
@@ -153,6 +154,20 @@ def median_interval_rank(count: int) -> int:
 
 
 @dataclass(frozen=True)
+class ModelledCost(Value):
+    """A cost that a model predicts: costs of one model err together, so a ratio of two is better known than either.
+
+    Attributes:
+        value, error: as of `Value`.
+        terms: what multiplies the model's coefficients.
+        covariance: of these coefficients; costs with equal ones are of one model.
+    """
+
+    terms: tuple[float, ...]
+    covariance: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
 class CostModel:
     """seconds(R, K) = c0 + c_upstream R + c_denoise R K.
 
@@ -169,12 +184,13 @@ class CostModel:
     covariance: tuple[tuple[float, ...], ...]
     misfit: float
 
-    def predict(self, renders: int, renoise: int) -> Value:
+    def predict(self, renders: int, renoise: int) -> ModelledCost:
         """Seconds of one estimate with R = renders and K = renoise."""
-        row = torch.tensor([1.0, renders, renders * renoise], dtype=torch.float64)
+        terms = (1.0, float(renders), float(renders * renoise))
+        row = torch.tensor(terms, dtype=torch.float64)
         coefficients = torch.tensor([self.c0.value, self.c_upstream.value, self.c_denoise.value], dtype=torch.float64)
         spread = float(row @ torch.tensor(self.covariance, dtype=torch.float64) @ row)
-        return Value(float(row @ coefficients), math.sqrt(max(0.0, spread)))
+        return ModelledCost(float(row @ coefficients), math.sqrt(max(0.0, spread)), terms, self.covariance)
 
     @property
     def ratio(self) -> Value:

@@ -21,6 +21,9 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
+from carv.rng import Stream
+from carv.variance.bootstrap import bootstrap
+from carv.variance.cost import ModelledCost
 from carv.variance.jackknife import Jackknifed, derived
 from carv.variance.values import NORMAL_95, Value, ratio
 
@@ -103,18 +106,21 @@ def ecm(
     baseline_curve: Sequence[Point] = (),
     method_curve: Sequence[Point] = (),
     cost: str = "seconds",
+    resample: Stream | None = None,
 ) -> ECM:
     """ECM = C_baseline(V) / C_method(V) at the anchor's variance V.
 
     A curve passes through its points in the order of their variances; a point alone is a line of slope -1. Variances
-    of one pilot are paired over renders; variances that are plain values, and all costs, count as independent, which
-    is conservative where errors are shared, as those of one cost model are.
+    of one pilot are paired over renders; plain values, of variances or costs, count as independent, which
+    is conservative where errors are shared. Costs of one `CostModel` err together, and are taken so.
 
     Args:
         baseline, method: the two configurations.
         anchor: the one whose variance both have to reach.
         baseline_curve, method_curve: the same methods at other cost, e.g. other R. The points above may be among them.
         cost: the unit, for the record.
+        resample: the interval over renders by the bootstrap, with resamples from this stream; `None`: Student's of the
+            jackknife. A pilot with a projection has the latter only.
 
     Raises:
         ValueError: a variance or a cost that is not positive; figures of pilots with different numbers of renders.
@@ -142,15 +148,18 @@ def ecm(
     v = np.log([point.variance.value for point in points])
     c = np.log([point.cost.value for point in points])
     paired = [p.variance if isinstance(p.variance, Jackknifed) else Jackknifed(p.variance.value) for p in points]
-    total = _paired(lambda given: math.exp(log_ecm(given, c)), paired)
+    each = _elementwise(lambda given: math.exp(log_ecm(given, c)))
+    total = derived(each, *paired)
     alone = [0.0 if isinstance(p.variance, Jackknifed) else p.variance.relative_error for p in points]
     rest = math.hypot(
         _delta(lambda given: log_ecm(given, c), v, alone),
-        _delta(lambda given: log_ecm(v, given), c, [p.cost.relative_error for p in points]),
+        _cost_error(lambda given: log_ecm(v, given), c, [p.cost for p in points]),
     )
     at = v[_anchor(anchor, len(ours))]
     outside = _outside(at, v[len(ours) :] if anchor == "baseline" else v[: len(ours)])
-    value, interval = _together(total, rest)
+    resampled = resample is not None and len(total.without) > 0 and not len(total.without_block)
+    ends = bootstrap(each, *paired, stream=resample) if resample is not None and resampled else total.interval()
+    value, interval = _together(total, ends, rest)
     return ECM(value, interval, anchor, baseline.name, method.name, cost, outside)
 
 
@@ -219,27 +228,44 @@ def _outside(at: float, log_variance: np.ndarray) -> bool:
     return not log_variance.min() - _SAME <= at <= log_variance.max() + _SAME
 
 
-def _paired(function: Callable[[np.ndarray], float], variances: Sequence[Jackknifed]) -> Jackknifed:
-    """function(log of the variances), with its leave-one-out values; NaN where one of them is not positive."""
+def _elementwise(function: Callable[[np.ndarray], float]) -> Callable[..., float | np.ndarray]:
+    """function(log of the variances) of numbers, or of arrays entry by entry; NaN where one is not positive."""
 
     def each(*given: float | np.ndarray) -> float | np.ndarray:
         rows = np.stack(np.broadcast_arrays(*given), axis=-1).astype(np.float64)
         found = [function(np.log(row)) if row.min() > 0 else math.nan for row in rows.reshape(-1, rows.shape[-1])]
-        return np.array(found) if rows.ndim > 1 else found[0]
+        return np.array(found).reshape(rows.shape[:-1]) if rows.ndim > 1 else found[0]
 
-    return derived(each, *variances)
+    return each
 
 
 def _delta(function: Callable[[np.ndarray], float], at: np.ndarray, errors: Sequence[float]) -> float:
     """The standard error of a function of independent logarithms, to first order; infinite if one is not known."""
     total = 0.0
-    for i, error in enumerate(errors):
-        step = np.zeros_like(at)
-        step[i] = _STEP
-        slope = (function(at + step) - function(at - step)) / (2 * _STEP)
+    for slope, error in zip(_slopes(function, at), errors, strict=True):
         if abs(slope) > _SAME and error != 0:
             total += (slope * error) ** 2 if math.isfinite(error) else math.inf
     return math.sqrt(total)
+
+
+def _cost_error(function: Callable[[np.ndarray], float], at: np.ndarray, costs: Sequence[Value]) -> float:
+    """As `_delta`, for the logarithms of costs; those of one model are its coefficients' linear functions."""
+    slopes = _slopes(function, at)
+    alone = [0.0 if isinstance(cost, ModelledCost) else cost.relative_error for cost in costs]
+    total = _delta(function, at, alone) ** 2
+    models: dict[tuple[tuple[float, ...], ...], np.ndarray] = {}
+    for slope, cost in zip(slopes, costs, strict=True):
+        if isinstance(cost, ModelledCost):
+            models.setdefault(cost.covariance, np.zeros(len(cost.terms)))
+            models[cost.covariance] += slope / cost.value * np.array(cost.terms)
+    for covariance, terms in models.items():
+        total += max(0.0, float(terms @ np.array(covariance) @ terms))
+    return math.sqrt(total)
+
+
+def _slopes(function: Callable[[np.ndarray], float], at: np.ndarray) -> list[float]:
+    steps = _STEP * np.eye(len(at))
+    return [(function(at + step) - function(at - step)) / (2 * _STEP) for step in steps]
 
 
 def _known(figure: Jackknifed) -> Jackknifed | None:
@@ -247,12 +273,12 @@ def _known(figure: Jackknifed) -> Jackknifed | None:
     return figure if np.isfinite(figure.without).all() and np.isfinite(figure.without_block).all() else None
 
 
-def _together(total: Jackknifed, rest: float) -> tuple[Value, tuple[float, float]]:
-    """A positive factor with the errors of both sources: `rest` is a relative one."""
+def _together(total: Jackknifed, ends: tuple[float, float], rest: float) -> tuple[Value, tuple[float, float]]:
+    """A positive factor with the errors of both sources: its interval over renders, and `rest`, a relative error."""
     value = total.value
     if _known(total) is None or not math.isfinite(rest):
         return Value(value, math.inf), (0.0, math.inf)
-    low, high = total.interval()
+    low, high = ends
     error, half = math.hypot(total.error, rest * value), NORMAL_95 * rest
     if low > 0:
         low, high = (value * math.exp(sign * math.hypot(math.log(end / value), half)) for sign, end in _ends(low, high))

@@ -32,14 +32,26 @@ class Counts:
         upstream: upstream states evaluated (rendered and encoded), R a replicate.
         teacher: draws that the teacher saw, R K a replicate.
         backward: upstream states pulled back, R a replicate (R of them in one pass are R).
+        encoder: upstream states that went through an encoder; tasks that have one say so, see `encoder_calls`.
     """
 
     upstream: int
     teacher: int
     backward: int
+    encoder: int = 0
 
     def __add__(self, other: Counts) -> Counts:
-        return Counts(self.upstream + other.upstream, self.teacher + other.teacher, self.backward + other.backward)
+        return Counts(
+            self.upstream + other.upstream,
+            self.teacher + other.teacher,
+            self.backward + other.backward,
+            self.encoder + other.encoder,
+        )
+
+
+def encoder_calls(task: object) -> int:
+    """Encoder evaluations for each upstream state: the task's attribute `encoder_calls`, 0 for one without."""
+    return int(getattr(task, "encoder_calls", 0))
 
 
 @dataclass(frozen=True)
@@ -122,6 +134,8 @@ class Measurement:
         replicates: n.
         mean: `[D]` float64, the mean of all estimates.
         mean_norm_squared: |E g_hat|^2, the noise of the mean removed.
+        squares: `[n]` float64, |g_hat_i - c|^2 about the measurement's centre, in order of replicate i: for paired
+            comparisons of measurements that share a stream.
         tails, latent_tails: whether the variances mean anything; show `verdict` beside them.
         stopped: one sentence, why the measurement ended.
         converged: whether the rule was satisfied; False when the cap ended it.
@@ -135,6 +149,7 @@ class Measurement:
     replicates: int
     mean: Float[Tensor, "D"]
     mean_norm_squared: Value
+    squares: Float[Tensor, "n"]
     tails: TailCheck
     latent_tails: TailCheck | None
     stopped: str
@@ -227,7 +242,7 @@ def collect(
     counts = None
     if estimator is not None:
         states = count * estimator.renders
-        counts = Counts(states, states * estimator.renoise, states)
+        counts = Counts(states, states * estimator.renoise, states, states * encoder_calls(source))
     policy = "" if estimator is None else estimator.policy
     return Replicates((range(first, first + count),), gradient, latent, counts, seconds, not_finite, clipped, policy)
 
@@ -247,6 +262,7 @@ def conclude(replicates: Replicates, stopped: str, *, converged: bool = True) ->
         gradient.count,
         gradient.mean.clone(),
         gradient.mean_norm_squared,
+        _by_replicate(replicates),
         gradient.tails,
         None if latent is None else latent.tails,
         stopped,
@@ -257,6 +273,12 @@ def conclude(replicates: Replicates, stopped: str, *, converged: bool = True) ->
         replicates.clipped,
         replicates.policy,
     )
+
+
+def _by_replicate(replicates: Replicates) -> Float[Tensor, "n"]:
+    """The squares in order of replicate, in whatever order the parts were merged."""
+    index = torch.cat([torch.arange(part.start, part.stop) for part in replicates.ranges])
+    return replicates.gradient.in_order[index.argsort()]
 
 
 def pilot_centre(

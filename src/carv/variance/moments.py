@@ -182,6 +182,11 @@ class Moments:
         return _sorted(self._squares)
 
     @property
+    def in_order(self) -> Float[Tensor, "n"]:
+        """|x_i - c|^2 in the order in which the replicates came, merged parts one after the other."""
+        return torch.tensor(self._squares, dtype=torch.float64)
+
+    @property
     def tails(self) -> TailCheck:
         """How heavy the tails of |x - c|^2 are: to be shown beside every variance."""
         return tail_check(self.squares)

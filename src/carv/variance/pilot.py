@@ -13,11 +13,15 @@ from torch import Tensor
 from carv.density import Density, DiscreteDensity
 from carv.gradient import Renders, TeacherGradient
 from carv.rng import Stream
+from carv.variance.measure import Counts, encoder_calls
 from carv.variance.projection import Projection
-from carv.variance.tables import Counts, Tables
+from carv.variance.tables import Tables
 
 PerDraw = Callable[[Any, Tensor], Tensor]
 """(state of ONE render, f `[n, *latent]`) -> `[n, D]`, J^T f_i for each i, all parameters in one vector."""
+
+MEMORY_LIMIT = 2 << 30
+"""Bytes of gradients that a pilot keeps at most, unless told otherwise."""
 
 _MIN_RENDERS = 4
 _COLUMNS = 1 << 17  # parameters that are turned to float64 at a time
@@ -37,7 +41,8 @@ def pilot(
     per_draw: PerDraw | None = None,
     micro_batch: int | None = None,
     vjp_batch: int = 16,
-    memory_limit: int = 2 << 30,
+    memory_limit: int = MEMORY_LIMIT,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Tables:
     """Measure m2, Gw and Gc, and with `antithetic` E<g(x,t,eps), g(x,t,-eps)>, with what each render says.
 
@@ -73,6 +78,7 @@ def pilot(
         micro_batch: at most how many draws one call of `contribution` gets; `None`: all of a render.
         vjp_batch: about how many gradients are alive at once.
         memory_limit: in bytes, for the gradients that are kept.
+        progress: told how many renders are done, of how many.
 
     Raises:
         ValueError: counts out of range; a contribution of a wrong shape or a gradient that is not finite; more to
@@ -102,6 +108,8 @@ def pilot(
                 f"{renders} renders x {bins} bins of gradients take {kept / 2**30:.1f} GiB, more than the limit of "
                 f"{memory_limit / 2**30:.1f}; pass projection_dim={1 << max(5, most.bit_length() - 1)} or less"
             )
+        if progress is not None:
+            progress(r + 1, renders)
     within = torch.stack([one.within for one in found], 1)  # [J, R0, M, M]
     across = _across([one.mean for one in found])
     draws = renders * (len(edges) - 1) * (noises + antithetic)
@@ -115,7 +123,7 @@ def pilot(
         torch.stack([one.antithetic for one in found]) if antithetic else None,
         None if projection is None else within.mean(1),
         None if projection is None else across.mean(1),
-        Counts(upstream=renders, teacher=draws, backward=draws),
+        Counts(renders, draws, draws, renders * encoder_calls(task)),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from carv.density import Density, DiscreteDensity, LogitNormal, Reweighted, ShiftedUniform
+from carv.variance.measure import Counts
 
 FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What a pilot has spent.
-
-    Attributes:
-        upstream: evaluations of the expensive part.
-        teacher: draws (t, eps) whose contribution was evaluated.
-        backward: gradients of single draws.
-    """
-
-    upstream: int = 0
-    teacher: int = 0
-    backward: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +53,7 @@ class Tables:
     antithetic: Float[Tensor, "R0 M"] | None = None
     block_within: Float[Tensor, "J M M"] | None = None
     block_across: Float[Tensor, "J M M"] | None = None
-    counts: Counts = Counts()
+    counts: Counts = field(default_factory=lambda: Counts(0, 0, 0))
 
     @classmethod
     def exact(

@@ -1,0 +1,102 @@
+"""The page: one HTML file that loads nothing, runs nothing, and is read on a phone, a screen or paper."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from carv.extras import require
+from carv.report.checks import Warn, checks
+from carv.report.commands import commands
+from carv.report.findings import Findings, StudyFindings
+from carv.report.headline import Headline, headline, provenances
+from carv.report.plate import Plate
+from carv.report.plates import cost, coverage, gains, profile, sensitivity, split
+from carv.report.style import COLOURS
+
+_PLATES = {
+    "split": split.plate,
+    "cost": cost.plate,
+    "ecm": gains.ecm_plate,
+    "re": gains.re_plate,
+    "coverage": coverage.plate,
+    "norms": profile.norms_plate,
+    "proposals": profile.proposals_plate,
+    "sensitivity": sensitivity.plate,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Section:
+    """What the page says of one study."""
+
+    key: str
+    title: str
+    headline: Headline
+    checks: tuple[Warn, ...]
+    plates: tuple[Plate, ...]
+    provenance: tuple[tuple[str, str], ...]
+    commands: tuple[str, ...]
+
+
+def write(findings: Findings, path: str | Path) -> None:
+    """Writes the page, whole or not at all. The same findings make the same bytes.
+
+    Args:
+        findings: of `carv.report.findings.load`.
+        path: of the HTML file; its folder is made if need be.
+
+    Raises:
+        ImportError: matplotlib or jinja2 is missing; the message says how to install them.
+        OSError: the file cannot be written.
+    """
+    text, path = render(findings), Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def render(findings: Findings) -> str:
+    """The page as text."""
+    jinja2 = require("jinja2", "report")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    here = files("carv.report")
+    environment.filters["fine"] = _fine
+    template = environment.from_string((here / "page.html").read_text(encoding="utf-8"))
+    sections = [_section(found, findings, f"s{i}") for i, found in enumerate(findings.studies)]
+    variables = [" ".join(f"--{name}: {pair[i]};" for name, pair in COLOURS.items()) for i in (0, 1)]
+    css = (here / "page.css").read_text(encoding="utf-8")
+    css = css.replace("/* LIGHT */", variables[0]).replace("/* DARK */", variables[1])
+    text: str = template.render(css=css, sections=sections, notes=findings.notes)
+    return text
+
+
+def _fine(text: str) -> str:
+    """Numbers stay with their units, and the two of (R, K) together, where lines break."""
+    text = re.sub(r"(\d) (%)", "\\1\u00a0\\2", text)
+    return re.sub(r"\((\w+), (\w+)\)", "(\\1,\u00a0\\2)", text)
+
+
+def _section(found: StudyFindings, findings: Findings, key: str) -> Section:
+    plates = (make(found, f"{key}-{name}") for name, make in _PLATES.items())
+    provenance = tuple((name, str(value)) for one in provenances(found) for name, value in sorted(one.items())) + tuple(
+        (f"fingerprint {name}", str(value)) for name, value in sorted(found.study.fingerprint.items())
+    )
+    return Section(
+        key,
+        found.study.title,
+        headline(found),
+        checks(found),
+        tuple(plate for plate in plates if plate is not None),
+        provenance,
+        commands(found.study, findings.folders),
+    )

@@ -1,0 +1,1 @@
+"""The figures of the page, one a file: each has `plate(found, key)`, which is `None` where its data is missing."""

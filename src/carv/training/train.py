@@ -1,0 +1,259 @@
+"""`carv teachers train`: the stages in order, resumable, to a folder that diffusers loads."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from carv.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint, write_whole
+from carv.extras import require
+from carv.provenance import provenance
+from carv.rng import Stream, stream
+from carv.training.autoencoder import AutoencoderLoss, build_autoencoder, encode, standardise
+from carv.training.card import model_card
+from carv.training.clip import ClipLoss, build_clip, save_clip
+from carv.training.config import STAGE_SHARES, TrainConfig
+from carv.training.data import all_pictures, training_pictures
+from carv.training.denoiser import Denoiser, DenoiserLoss, build_scheduler, build_text_encoder, build_unet
+from carv.training.evaluate import Judge, Sampling, load_pipeline, reconstruction_quality, sample_quality, write_sheets
+from carv.training.loop import Progress, Say, Stage, fit, recent_loss
+from carv.training.tokenizer import build_tokenizer, caption_ids
+from carv.world.dataset import WorldDataset, load_world
+
+CHECKPOINTS, QUALITY = "training", "quality.json"
+_UNSEEN_VIEWS = 8
+
+
+def say_on_stderr(line: str) -> None:
+    """One line for people, at once."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def train(config: TrainConfig, out: Path, overwrite: bool = False, say: Say = say_on_stderr) -> dict[str, Any]:
+    """Train all stages, write the pipeline, measure it, and write its card.
+
+    A stop at any time loses at most two minutes; the same call goes on from the checkpoints in `out`/training, which
+    may be deleted once the pipeline is written.
+
+    Args:
+        config: the settings.
+        out: the pipeline's folder; CLIP goes to `out`/clip, sample sheets to `out`/samples.
+        overwrite: start again where the folder holds another run.
+        say: told about the progress, one line at a time.
+
+    Returns:
+        What quality.json holds.
+
+    Raises:
+        RunFolderError: the folder holds another run, or a damaged checkpoint.
+        ImportError: diffusers or transformers are missing.
+        ValueError: no such device, or a loss that is not finite.
+    """
+    device = find_device(config.device)
+    checkpoints = out / CHECKPOINTS
+    if overwrite:
+        _forget(checkpoints)
+    run = Run(config, checkpoints, device, _world(config, config.views, config.seed, say), say)
+    networks = run.networks()
+    save_pipeline(networks, out)
+    save_clip(networks.clip, networks.tokenizer, config.sizes, out / "clip")
+    say("measuring the saved pipeline")
+    unseen = _world(config, _UNSEEN_VIEWS, config.seed + 1, say)
+    facts = run.facts(networks) | measure(config, out, networks, unseen, device)
+    write_whole(out / QUALITY, (json.dumps(facts, indent=1) + "\n").encode())
+    write_whole(out / "README.md", model_card(facts).encode())
+    return facts
+
+
+def find_device(name: str) -> torch.device:
+    """The device of a name; "auto" is a GPU if there is one.
+
+    Raises:
+        ValueError: there is no GPU.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("torch sees no CUDA device; train with --device cpu")
+    return torch.device(name)
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The trained networks, as diffusers and transformers know them.
+
+    Attributes:
+        tokenizer: CLIPTokenizer.
+        vae: AutoencoderKL.
+        text_encoder: CLIPTextModel.
+        unet: UNet2DConditionModel.
+        clip: CLIPModel.
+        progress: of each stage.
+    """
+
+    tokenizer: Any
+    vae: Any
+    text_encoder: Any
+    unet: Any
+    clip: Any
+    progress: dict[str, Progress]
+
+
+def save_pipeline(networks: Networks, out: Path) -> None:
+    """Write the folder that `StableDiffusionPipeline.from_pretrained` loads; weights in float16."""
+    pipeline = require("diffusers", "diffusers").StableDiffusionPipeline(
+        vae=networks.vae,
+        text_encoder=networks.text_encoder,
+        tokenizer=networks.tokenizer,
+        unet=networks.unet,
+        scheduler=build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.to(torch.float16).save_pretrained(out, safe_serialization=True)
+
+
+def measure(
+    config: TrainConfig, out: Path, networks: Networks, unseen: WorldDataset, device: torch.device
+) -> dict[str, Any]:
+    """The quality of the saved pipeline; writes the sample sheets on the way."""
+    pipeline = load_pipeline(out, device)
+    judge = Judge(networks.clip.cpu(), caption_ids(networks.tokenizer))
+    how = Sampling(config.sampling_steps, config.guidance_scale, stream(config.seed, "training", "samples"))
+    quality, pictures = sample_quality(pipeline, judge, unseen, how, config.samples_per_prompt)
+    write_sheets(out / "samples", pictures)
+    return {"quality": quality, "autoencoder_psnr": reconstruction_quality(pipeline.vae, unseen)}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of all stages.
+
+    Attributes:
+        config: the settings.
+        checkpoints: the folder of the stages' checkpoints.
+        device: where to train.
+        world: all pictures.
+        say: told about the progress.
+    """
+
+    config: TrainConfig
+    checkpoints: Path
+    device: torch.device
+    world: WorldDataset
+    say: Say
+
+    def networks(self) -> Networks:
+        """Train every stage that is not done yet."""
+        tokenizer = build_tokenizer()
+        ids = caption_ids(tokenizer)
+        vae, latents, first = self._autoencoder()
+        denoiser, second = self._denoiser(tokenizer, ids, latents)
+        clip, third = self._clip(tokenizer, ids)
+        progress = {"autoencoder": first, "denoiser": second, "clip": third}
+        return Networks(tokenizer, vae, denoiser.text_encoder, denoiser.unet, clip, progress)
+
+    def _autoencoder(self) -> tuple[Any, Tensor, Progress]:
+        config, rng = self.config, self.rng("autoencoder")
+        pictures = training_pictures(self.world)
+        with initialised_from(rng):
+            vae = build_autoencoder(config.sizes).to(self.device, memory_format=torch.channels_last)
+        loss = AutoencoderLoss(vae, pictures, config.sizes.autoencoder_batch, rng, self.device, config.bf16)
+        progress = self._fit("autoencoder", vae, loss)
+        saved = load_checkpoint(self.checkpoints / "latents", config.to_json())
+        if saved is None:
+            self.say(f"encoding {len(self.world)} pictures")
+            saved = {"latents": encode(vae, self.world, self.device)}
+            save_checkpoint(self.checkpoints / "latents", saved, config.to_json())
+        return vae, standardise(vae, saved["latents"], pictures.pool), progress
+
+    def _denoiser(self, tokenizer: Any, ids: Tensor, latents: Tensor) -> tuple[Denoiser, Progress]:
+        config, rng = self.config, self.rng("denoiser")
+        with initialised_from(rng):
+            model = Denoiser(build_unet(config.sizes), build_text_encoder(tokenizer, config.sizes)).to(self.device)
+        loss = DenoiserLoss(
+            model,
+            latents,
+            training_pictures(self.world),
+            ids,
+            build_scheduler().alphas_cumprod,
+            config.sizes.denoiser_batch,
+            config.drop_captions,
+            rng,
+            self.device,
+            config.bf16,
+        )
+        return model, self._fit("denoiser", model, loss)
+
+    def _clip(self, tokenizer: Any, ids: Tensor) -> tuple[Any, Progress]:
+        config, rng = self.config, self.rng("clip")
+        with initialised_from(rng):
+            model = build_clip(tokenizer, config.sizes).to(self.device)
+        pictures = all_pictures(self.world)
+        loss = ClipLoss(model, pictures, ids, config.sizes.clip_batch, rng, self.device, config.bf16)
+        return model, self._fit("clip", model, loss)
+
+    def _fit(self, name: str, model: Any, loss: Any) -> Progress:
+        config = self.config
+        steps, rate = getattr(config, f"{name}_steps"), getattr(config, f"{name}_rate")
+        stage = Stage(name, model, loss, rate, steps, config.minutes * STAGE_SHARES[name])
+        return fit(stage, self.checkpoints, config.to_json(), self.say)
+
+    def rng(self, name: str) -> Stream:
+        """The stage's stream: its weights, batches and noise."""
+        return stream(self.config.seed, "training", name)
+
+    def facts(self, networks: Networks) -> dict[str, Any]:
+        """What quality.json says about how the networks were made."""
+        sizes = self.config.sizes
+        parts = (networks.vae, networks.text_encoder, networks.unet)
+        stages = {}
+        for name, progress in networks.progress.items():
+            loss, error = recent_loss(progress.losses)
+            stages[name] = {
+                "steps": progress.done,
+                "batch": getattr(sizes, f"{name}_batch"),
+                "minutes": progress.seconds / 60,
+                "loss": loss,
+                "loss_standard_error": error,
+            }
+        return {
+            "config": dataclasses.asdict(self.config),
+            "sizes": dataclasses.asdict(sizes),
+            "latent": sizes.latent,
+            "pictures": len(self.world),
+            "weights": sum(parameter.numel() for part in parts for parameter in part.parameters()),
+            "stages": stages,
+            **provenance(self.device),
+        }
+
+
+@contextlib.contextmanager
+def initialised_from(rng: Stream) -> Iterator[None]:
+    """Networks built inside get their weights from this stream, and torch's global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int.from_bytes(rng.child("weights").digest(4), "little"))
+        yield
+
+
+def _world(config: TrainConfig, views: int, seed: int, say: Say) -> WorldDataset:
+    def progress(done: int, total: int) -> None:
+        if done % 4 == 0:
+            say(f"rendering {views} views of each object, once: {done} of {total} shapes")
+
+    return load_world(config.sizes.image, views, seed, progress=progress)
+
+
+def _forget(checkpoints: Path) -> None:
+    for name in (*STAGE_SHARES, "latents"):
+        (checkpoints / name / CHECKPOINT).unlink(missing_ok=True)

@@ -5,6 +5,7 @@ No network and no downloads: every folder is made here, from configs.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -26,8 +27,10 @@ from carv.estimator import HierarchicalEstimator
 from carv.gradient import Gradient, Renders
 from carv.sampler import TimestepSampler
 from carv.schedule import NoiseSchedule
+from carv.tasks.sds.config import SDSConfig
 from carv.tasks.sds.field import VoxelField
 from carv.tasks.sds.task import SDS
+from carv.tasks.sds.train import Trainer, load_teacher
 from carv.teachers.base import Condition, Teacher
 from carv.teachers.diffusers import DiffusersTeacher
 from carv.teachers.diffusers.hub import needed_files
@@ -452,7 +455,7 @@ def test_a_prediction_never_waits_for_the_device(
 def spy_on_network(teacher: DiffusersTeacher) -> list[int]:
     """The batch size of each call of the network from now on."""
     sizes: list[int] = []
-    teacher._family._network.register_forward_hook(lambda _, __, output: sizes.append(len(output[0])))
+    teacher._family.network.register_forward_hook(lambda _, __, output: sizes.append(len(output[0])))
     return sizes
 
 
@@ -471,7 +474,7 @@ def test_every_network_is_frozen_and_no_random_number_is_drawn(
 ) -> None:
     teacher = teachers(name)
     family: Any = teacher._family
-    networks = [family._network, family.autoencoder._model, *[text.model for text in family.text]]
+    networks = [family.network, family.autoencoder._model, *[text.model for text in family.text]]
     assert len(networks) == {"sd": 3, "sdxl": 4, "dit": 2, "sd3": 5, "flux": 4, "wan": 3}[name]
     for network in networks:
         assert not any(module.training for module in network.modules())
@@ -622,6 +625,19 @@ def test_text_to_3d_takes_a_pipeline_and_its_encoder(teachers: Callable[[str], D
     assert estimate.f_mean.shape == (2, *teacher.latent_shape)
     assert all(bool(gradient.isfinite().all()) for gradient in estimate.gradient)
     assert any(bool((gradient != 0).any()) for gradient in estimate.gradient)
+
+
+def test_a_text_to_3d_run_names_its_teacher_by_its_folder(folders: Callable[[str], Path]) -> None:
+    config = SDSConfig("a", teacher=str(folders("sd")), size=12, resolution=8, samples=4)
+    trainer = Trainer(config, load_teacher(config))
+    before = trainer.field.density.detach().clone()
+    trainer.step()
+    assert trainer.task.encoder_calls == 1
+    assert not torch.equal(trainer.field.density, before)
+    with pytest.raises(ValueError, match="is a flow-matching model"):
+        load_teacher(dataclasses.replace(config, teacher=str(folders("sd3"))))
+    with pytest.raises(ValueError, match="absent"):
+        load_teacher(dataclasses.replace(config, teacher="absent"))
 
 
 def test_the_gradient_through_encode_agrees_with_finite_differences(

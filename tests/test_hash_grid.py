@@ -11,11 +11,11 @@ import pytest
 import torch
 import tyro
 
+from carv.checkpoint import load_checkpoint, save_checkpoint
 from carv.gradient import Renders
 from carv.rng import stream
 from carv.schedule import NoiseSchedule
 from carv.tasks.sds import hash_encoding, hash_grid
-from carv.tasks.sds.checkpoint import load_checkpoint, save_checkpoint
 from carv.tasks.sds.config import EstimatorConfig, SDSConfig
 from carv.tasks.sds.export import write_mesh
 from carv.tasks.sds.field import VoxelField

@@ -3,12 +3,12 @@ import dataclasses
 import pytest
 import torch
 
+from carv.checkpoint import save_checkpoint
 from carv.commands.pilot import PilotConfig, run_pilot
 from carv.density import uniform_steps
 from carv.problems import Problem, ProblemConfig, load_problem, load_source
 from carv.rng import stream
 from carv.runs.pilot_folder import PilotRecord
-from carv.tasks.sds.checkpoint import save_checkpoint
 from carv.tasks.sds.config import SDSConfig
 from carv.tasks.sds.train import Trainer, world_teacher
 from carv.tasks.toy import GaussianToy

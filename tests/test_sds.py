@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from carv import weights
+from carv.checkpoint import CHECKPOINT, RunFolderError, load_checkpoint, save_checkpoint
 from carv.density import uniform_steps
 from carv.estimator import HierarchicalEstimator
 from carv.gradient import Renders
@@ -18,7 +19,6 @@ from carv.proposals import proportional
 from carv.rng import stream
 from carv.sampler import TimestepSampler
 from carv.schedule import NoiseSchedule
-from carv.tasks.sds.checkpoint import CHECKPOINT, RunFolderError, load_checkpoint, save_checkpoint
 from carv.tasks.sds.compare import CompareConfig, time_ratio
 from carv.tasks.sds.config import EstimatorConfig, SDSConfig
 from carv.tasks.sds.evaluate import TrueObject

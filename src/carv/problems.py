@@ -21,6 +21,7 @@ from typing import Annotated, Any, TypeAlias
 import tyro
 from torch import Tensor
 
+from carv.checkpoint import read_checkpoint
 from carv.density import Density, uniform_steps
 from carv.estimator import HierarchicalEstimator
 from carv.gradient import Gradient, TeacherGradient
@@ -28,9 +29,8 @@ from carv.proposals import defensive, proportional
 from carv.rng import Stream
 from carv.sampler import TimestepSampler
 from carv.strata import COUPLINGS
-from carv.tasks.sds.checkpoint import read_checkpoint
 from carv.tasks.sds.config import SDSConfig
-from carv.tasks.sds.train import Trainer, world_teacher
+from carv.tasks.sds.train import Trainer, load_teacher
 from carv.tasks.toy import GaussianToy
 from carv.variance.advice import Design
 from carv.weights import Weight
@@ -187,7 +187,7 @@ def _sds(config: ProblemConfig, base: Density, say: Callable[[str], None] | None
     fingerprint = {}
     if config.run is None:
         settings = SDSConfig(config.prompt, resolution=config.resolution, final_rate=1.0, stratify_azimuth=False)
-        trainer = Trainer(settings, world_teacher(settings, say))
+        trainer = Trainer(settings, load_teacher(settings, say))
         for step in range(config.steps):
             trainer.step()
             if say is not None and (step + 1) % 50 == 0:
@@ -195,7 +195,7 @@ def _sds(config: ProblemConfig, base: Density, say: Callable[[str], None] | None
     else:
         tensors, described = read_checkpoint(config.run)
         settings = dataclasses.replace(SDSConfig.from_json(described), stratify_azimuth=False)
-        trainer = Trainer(settings, world_teacher(settings, say))
+        trainer = Trainer(settings, load_teacher(settings, say))
         trainer.load_state_dict(tensors)
         parts = (tensors[name].contiguous().numpy().tobytes() for name in sorted(tensors))
         fingerprint["checkpoint"] = _digest(described.encode(), *parts)

@@ -10,9 +10,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from carv.checkpoint import write_whole
 from carv.density import Density
 from carv.problems import ProblemConfig
-from carv.tasks.sds.checkpoint import write_whole
 from carv.variance.cost import CostModel, StepCost
 from carv.variance.tables import Tables, describe, restore
 from carv.variance.values import Value

@@ -15,10 +15,10 @@ import torch
 import tyro
 from torch import Tensor
 
+from carv.checkpoint import write_whole
 from carv.console import Report
 from carv.extras import require
 from carv.provenance import provenance
-from carv.tasks.sds.checkpoint import write_whole
 from carv.tasks.sds.config import STANDARD, EstimatorConfig, SDSConfig
 from carv.tasks.sds.evaluate import TrueObject
 from carv.tasks.sds.export import write_contact_sheet

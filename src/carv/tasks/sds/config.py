@@ -87,6 +87,8 @@ class SDSConfig:
     """Optimiser steps."""
     seed: int = 0
     """Of all randomness."""
+    teacher: str = "world"
+    """world: the exact denoiser of carv's own pictures; or a diffusers pipeline, as a folder or a cached hub id."""
     weight: str = "sds"
     """w(t), by name; see carv.weights.WEIGHTS."""
     guidance_scale: float = 3.0
@@ -94,7 +96,7 @@ class SDSConfig:
     negative: str = ""
     """A negative prompt; empty is unconditional."""
     bandwidth: float = 0.1
-    """h of the exact teacher: each picture of its world is a Gaussian of this width."""
+    """world: h of the exact teacher: each picture is a Gaussian of this width."""
     size: int = 64
     """Pixels along each side of a render."""
     cameras: CameraName = "world"

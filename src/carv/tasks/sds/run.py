@@ -8,13 +8,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from carv.checkpoint import load_checkpoint, save_checkpoint, write_whole
 from carv.console import Report
 from carv.provenance import provenance
-from carv.tasks.sds.checkpoint import load_checkpoint, save_checkpoint, write_whole
 from carv.tasks.sds.config import SDSConfig
 from carv.tasks.sds.evaluate import TrueObject, describes_one_object
 from carv.tasks.sds.export import render_all, turntable_cameras, write_contact_sheet, write_mesh, write_turntable
-from carv.tasks.sds.train import Trainer, world_teacher
+from carv.tasks.sds.train import Trainer, load_teacher
 
 
 def run(
@@ -43,7 +43,7 @@ def run(
         raise ValueError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
     saved = None if overwrite else load_checkpoint(out, config.to_json())
     with Report(f"carv sds: {config.prompt}", config.steps, quiet) as report:
-        trainer = Trainer(config, world_teacher(config, report.say))
+        trainer = Trainer(config, load_teacher(config, report.say))
         if saved is not None:
             trainer.load_state_dict(saved)
             report.say(f"going on from step {trainer.steps_done} in {out}")

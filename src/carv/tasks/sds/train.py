@@ -41,6 +41,29 @@ def world_teacher(config: SDSConfig, say: Callable[[str], None] | None = None) -
     return ExactTeacher(world.images_float(), config.schedule, world.mask, bandwidth=config.bandwidth)
 
 
+def load_teacher(config: SDSConfig, say: Callable[[str], None] | None = None) -> Teacher:
+    """The teacher that the settings name.
+
+    Args:
+        config: the settings.
+        say: told about what takes long.
+
+    Raises:
+        ValueError: not a pipeline that carv reads; one whose timesteps are not discrete.
+        ImportError: diffusers or transformers is not installed.
+    """
+    if config.teacher == "world":
+        return world_teacher(config, say)
+    from carv.teachers.diffusers import DiffusersTeacher  # heavy, and an extra
+
+    teacher = DiffusersTeacher.from_pretrained(config.teacher)
+    if teacher.schedule.acp is None:
+        raise ValueError(
+            f"{config.teacher} is a flow-matching model, with a continuous t; text-to-3D runs take a discrete schedule"
+        )
+    return teacher
+
+
 @dataclass
 class GradientNoise:
     """The share of |g|^2 that is noise, from successive steps: 1 - <g_i, g_{i-1}> / |g|^2, smoothed.
@@ -77,7 +100,8 @@ class Trainer:
 
     Args:
         config: the settings.
-        teacher: the frozen teacher, e.g. `world_teacher(config)`.
+        teacher: the frozen teacher, e.g. `load_teacher(config)`. One with an `encode` gets pictures through it, others
+            at their own size in [-1, 1].
     """
 
     def __init__(self, config: SDSConfig, teacher: Teacher) -> None:
@@ -92,6 +116,7 @@ class Trainer:
             config.guidance_scale,
             config.camera_range,
             config.size,
+            encode=getattr(teacher, "encode", None),
             negative=config.negative,
             stratify_azimuth=config.stratify_azimuth,
         )

@@ -18,7 +18,6 @@ from carv.sampler import TimestepSampler
 from carv.tasks.sds.task import SDS, RenderState
 from carv.teachers.base import Condition
 from carv.teachers.diffusers import DiffusersTeacher
-from carv.teachers.prediction import to_epsilon
 
 # The attention's projections: the layers that ProlificDreamer adapts.
 _ADAPTED = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -75,7 +74,9 @@ class VSD:
             raise ValueError(f"phi needs at least one draw for each render, got renoise = {renoise}")
         learned = [parameter for parameter in score.parameters() if parameter.requires_grad]
         if not learned:
-            raise ValueError(f"{type(score).__name__} has no parameters that require gradients: VSD needs a score to fit")
+            raise ValueError(
+                f"{type(score).__name__} has no parameters that require gradients: VSD needs a score to fit"
+            )
         self.sds, self.score, self.sampler, self.renoise = sds, score, sampler, renoise
         self.teacher, self.weight, self.parameters = sds.teacher, sds.weight, sds.parameters
         self.latent_shape, self.device, self.dtype = sds.latent_shape, sds.device, sds.dtype
@@ -118,7 +119,7 @@ class VSD:
             error = (self._learned(state, z_t, t) - noise).square().flatten(2).mean(-1)
             loss = (draws.weight.to(error) * error).mean()
         self.optimiser.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         self.optimiser.step()
         return loss.detach()
 
@@ -127,7 +128,7 @@ class VSD:
         tensors = {f"score.{name}": value for name, value in self.score.state_dict().items()}
         for i, moments in self.optimiser.state_dict()["state"].items():
             tensors |= {f"adamw.{i}.{name}": value for name, value in moments.items()}
-        return tensors
+        return {name: value.clone() for name, value in tensors.items()}
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """Go on from what `state_dict` gave."""
@@ -155,8 +156,9 @@ class VSD:
 class LoRAScore(nn.Module):
     """eps_phi: the teacher's own network with low-rank updates W + B A of its attention's projections.
 
-    The frozen weights are shared, not copied. The updates take part only while this score is asked: for anyone else the
-    network gives what it gave before, bit for bit. B starts at 0, so that eps_phi starts as the teacher without guidance.
+    The frozen weights are shared, not copied. The updates take part only while this score is asked: for anyone else
+    the network gives what it gave before, bit for bit. B starts at 0, so that eps_phi starts as the teacher without
+    guidance.
 
     Args:
         teacher: one that nothing has adapted yet; it gets the layers of `peft` in place.
@@ -181,18 +183,19 @@ class LoRAScore(nn.Module):
         if rank < 1:
             raise ValueError(f"the rank of a LoRAScore must be at least 1, got {rank}")
         peft = require("peft", "diffusers")
-        network: nn.Module = teacher._family._network  # type: ignore[attr-defined]
+        network = teacher.network
         self._teacher = teacher
         if any(isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer) for module in network.modules()):
             raise ValueError("this teacher is adapted already: load another one, or reset its LoRAScore")
         # On "meta", nothing is drawn from torch's global generator; `reset` makes the values.
         config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=_ADAPTED)
         peft.inject_adapter_in_model(config, network, "phi", low_cpu_mem_usage=True)
-        self._layers: list[Any] = [module for module in network.modules() if isinstance(module, peft.tuners.lora.Linear)]
+        self._layers: list[Any] = [
+            module for module in network.modules() if isinstance(module, peft.tuners.lora.Linear)
+        ]
         for layer in self._layers:
             for part in (layer.lora_A["phi"], layer.lora_B["phi"]):
-                empty = torch.empty(part.weight.shape, device=teacher.device)
-                part.weight = nn.Parameter(empty)
+                part.weight = nn.Parameter(torch.empty(part.weight.shape, device=teacher.device))
             layer.enable_adapters(False)
         self.downs = nn.ParameterList([layer.lora_A["phi"].weight for layer in self._layers])
         self.ups = nn.ParameterList([layer.lora_B["phi"].weight for layer in self._layers])
@@ -220,14 +223,8 @@ class LoRAScore(nn.Module):
         Returns:
             `[N, *latent_shape]` in float32, or in float64 where z_t is.
         """
-        teacher = self._teacher
-        teacher._check(z_t, t, [condition])
-        time = teacher.schedule.teacher_time(t.to(teacher.device))
-        time = time.to(torch.float32) if teacher.schedule.continuous else time.long()
         with self._adapted():
-            output = teacher._family.output(z_t.to(teacher.device, teacher.dtype), time, condition)
-        output = output[:, : teacher.latent_shape[0]]  # without a learned variance
-        return to_epsilon(output, z_t.to(teacher.device), t.to(teacher.device), teacher.schedule)
+            return self._teacher.predict_noise_with_graph(z_t, t, [condition])[0]
 
     @contextmanager
     def _adapted(self) -> Iterator[None]:

@@ -21,8 +21,8 @@ class DiT:
 
     def __init__(self, folder: PipelineFolder, options: Options) -> None:
         options.refuse(folder.pipeline, "frames", "max_tokens", "distilled_guidance")
-        self._network = load_network(folder, "transformer", ("DiTTransformer2DModel", "Transformer2DModel"), options)
-        config = self._network.config
+        self.network = load_network(folder, "transformer", ("DiTTransformer2DModel", "Transformer2DModel"), options)
+        config = self.network.config
         vae = load_vae(folder, "AutoencoderKL", options)
         check_channels(folder, config.in_channels, int(vae.config["latent_channels"]))
         # Its positions are a table: it has one size.
@@ -45,7 +45,7 @@ class DiT:
 
     def output(self, z_t: Tensor, time: Tensor, condition: Condition) -> Tensor:
         labels = condition.tensors["label"]
-        return torch.as_tensor(self._network(z_t, timestep=time, class_labels=labels, return_dict=False)[0])
+        return torch.as_tensor(self.network(z_t, timestep=time, class_labels=labels, return_dict=False)[0])
 
     def _label(self, prompt: str) -> int:
         if prompt == "":

@@ -19,10 +19,12 @@ class Family(Protocol):
 
     Attributes:
         autoencoder: pictures to latents; its `latent_shape` is the teacher's.
+        network: the denoising network, frozen.
         text: the text encoders, or none. The list is emptied when their memory is wanted back.
     """
 
     autoencoder: Autoencoder
+    network: Any
     text: list[TextEncoder]
 
     def condition(self, prompt: str) -> Condition:

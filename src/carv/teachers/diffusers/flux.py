@@ -27,8 +27,8 @@ class Flux:
 
     def __init__(self, folder: PipelineFolder, options: Options) -> None:
         options.refuse(folder.pipeline, "frames")
-        self._network = load_network(folder, "transformer", ("FluxTransformer2DModel",), options)
-        config = self._network.config
+        self.network = load_network(folder, "transformer", ("FluxTransformer2DModel",), options)
+        config = self.network.config
         if not config.guidance_embeds:
             options.refuse(folder.pipeline, "distilled_guidance")
         guidance = _DISTILLED_GUIDANCE if options.distilled_guidance is None else options.distilled_guidance
@@ -52,7 +52,7 @@ class Flux:
         return Condition({"embeddings": t5.states(prompt), "pooled": clip.read(prompt).pooler_output})
 
     def output(self, z_t: Tensor, time: Tensor, condition: Condition) -> Tensor:
-        patches = self._network(
+        patches = self.network(
             hidden_states=pack(z_t),
             timestep=time / _TIME,
             guidance=None if self._guidance is None else self._guidance.expand(len(z_t)),

@@ -24,8 +24,8 @@ class StableDiffusion3:
 
     def __init__(self, folder: PipelineFolder, options: Options) -> None:
         options.refuse(folder.pipeline, "frames", "distilled_guidance")
-        self._network = load_network(folder, "transformer", ("SD3Transformer2DModel",), options)
-        config = self._network.config
+        self.network = load_network(folder, "transformer", ("SD3Transformer2DModel",), options)
+        config = self.network.config
         vae = load_vae(folder, "AutoencoderKL", options)
         check_channels(folder, config.in_channels, int(vae.config["latent_channels"]))
         factor = spatial_factor(vae)
@@ -56,7 +56,7 @@ class StableDiffusion3:
 
     def output(self, z_t: Tensor, time: Tensor, condition: Condition) -> Tensor:
         return torch.as_tensor(
-            self._network(
+            self.network(
                 hidden_states=z_t,
                 timestep=time,
                 encoder_hidden_states=condition.tensors["embeddings"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -140,19 +141,28 @@ class DiffusersTeacher:
         Raises:
             ValueError: shapes that do not fit.
         """
+        with torch.no_grad():
+            return self.predict_noise_with_graph(z_t, t, conditions)
+
+    def predict_noise_with_graph(self, z_t: Tensor, t: Tensor, conditions: Sequence[Condition]) -> list[Tensor]:
+        """The same, differentiable in z_t and in whatever of `network` requires gradients: for adapters."""
         self._check(z_t, t, conditions)
         copies, t = len(conditions), t.to(self.device)
         shown = z_t.to(self.device, self.dtype)
         time = self.schedule.teacher_time(t)
         time = time.to(torch.float32) if self.schedule.continuous else time.long()
-        with torch.no_grad():
-            output = self._family.output(
-                shown.repeat(copies, *[1] * (shown.ndim - 1)), time.repeat(copies), Condition.concatenate(conditions)
-            )
-            # A network that also predicts a variance does so in the second half of its channels.
-            if output.shape[1] == 2 * self.latent_shape[0]:
-                output = output[:, : self.latent_shape[0]]
-            return [to_epsilon(part, z_t.to(self.device), t, self.schedule) for part in output.chunk(copies)]
+        output = self._family.output(
+            shown.repeat(copies, *[1] * (shown.ndim - 1)), time.repeat(copies), Condition.concatenate(conditions)
+        )
+        # A network that also predicts a variance does so in the second half of its channels.
+        if output.shape[1] == 2 * self.latent_shape[0]:
+            output = output[:, : self.latent_shape[0]]
+        return [to_epsilon(part, z_t.to(self.device), t, self.schedule) for part in output.chunk(copies)]
+
+    @property
+    def network(self) -> Any:
+        """The denoising network, a `torch.nn.Module`."""
+        return self._family.network
 
     def encode(self, pictures: Tensor, noise: Tensor | None = None) -> Tensor:
         """Latents of pictures in [0, 1], differentiable; see `Autoencoder.encode`.

@@ -22,16 +22,16 @@ class StableDiffusion:
         options.refuse(folder.pipeline, *_UNUSED)
         _check_unet(folder, None)
         self.autoencoder = _autoencoder(folder, options)
-        self._network = load_network(folder, "unet", ("UNet2DConditionModel",), options)
+        self.network = load_network(folder, "unet", ("UNet2DConditionModel",), options)
         self.text = [TextEncoder.clip(folder, "", options)]
-        check_width(self.text[0].width, self._network.config.cross_attention_dim, "the text encoder")
+        check_width(self.text[0].width, self.network.config.cross_attention_dim, "the text encoder")
 
     def condition(self, prompt: str) -> Condition:
         return Condition({"embeddings": self.text[0].states(prompt)})
 
     def output(self, z_t: Tensor, time: Tensor, condition: Condition) -> Tensor:
         embeddings = condition.tensors["embeddings"]
-        return torch.as_tensor(self._network(z_t, time, encoder_hidden_states=embeddings, return_dict=False)[0])
+        return torch.as_tensor(self.network(z_t, time, encoder_hidden_states=embeddings, return_dict=False)[0])
 
 
 class StableDiffusionXL:
@@ -45,12 +45,12 @@ class StableDiffusionXL:
         options.refuse(folder.pipeline, *_UNUSED)
         _check_unet(folder, "text_time")
         self.autoencoder = _autoencoder(folder, options)
-        self._network = load_network(folder, "unet", ("UNet2DConditionModel",), options)
+        self.network = load_network(folder, "unet", ("UNet2DConditionModel",), options)
         self.text = [
             TextEncoder.clip(folder, "", options),
             TextEncoder.clip(folder, "_2", options, "CLIPTextModelWithProjection"),
         ]
-        config, second = self._network.config, self.text[1].model.config
+        config, second = self.network.config, self.text[1].model.config
         check_width(sum(text.width for text in self.text), config.cross_attention_dim, "the text encoders together")
         # Six sizes. The refiner has five (an aesthetic score in place of two), and is no teacher by itself.
         added = second.projection_dim + 6 * config.addition_time_embed_dim
@@ -71,7 +71,7 @@ class StableDiffusionXL:
         tensors = condition.tensors
         added = {"text_embeds": tensors["pooled"], "time_ids": tensors["sizes"]}
         return torch.as_tensor(
-            self._network(
+            self.network(
                 z_t,
                 time,
                 encoder_hidden_states=tensors["embeddings"],

@@ -33,8 +33,8 @@ class Wan:
                 f"{folder.path} has two networks, one for large and one for small t (Wan 2.2 A14B); "
                 "carv reads pipelines with one"
             )
-        self._network = load_network(folder, "transformer", ("WanTransformer3DModel",), options)
-        config = self._network.config
+        self.network = load_network(folder, "transformer", ("WanTransformer3DModel",), options)
+        config = self.network.config
         vae = load_vae(folder, "AutoencoderKLWan", options)
         check_channels(folder, config.in_channels, int(vae.config["z_dim"]))
         if config.patch_size[0] != 1:
@@ -53,5 +53,5 @@ class Wan:
     def output(self, z_t: Tensor, time: Tensor, condition: Condition) -> Tensor:
         embeddings = condition.tensors["embeddings"]
         return torch.as_tensor(
-            self._network(hidden_states=z_t, timestep=time, encoder_hidden_states=embeddings, return_dict=False)[0]
+            self.network(hidden_states=z_t, timestep=time, encoder_hidden_states=embeddings, return_dict=False)[0]
         )

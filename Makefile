@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 
 $(VENV)/.runs: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(INSTALL) -e '.[all]'
+	$(INSTALL) -e '.[sds,report]'
 	touch $@
 
 $(VENV)/.develops: $(VENV)/.runs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from carv.checkpoint import RunFolderError
+from carv.cli import main
 from carv.rng import stream
 from carv.training import evaluate, loop
 from carv.training.autoencoder import AutoencoderLoss, build_autoencoder, encode, psnr, standardise
@@ -72,7 +74,8 @@ def trained(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CARV_CACHE", str(cache))
-        train(TINY, out, say=silent)
+        flags = ((f"--{name.replace('_', '-')}", str(value)) for name, value in vars(TINY).items() if name != "bf16")
+        main(["teachers", "train", "--out", str(out), "--bf16", *itertools.chain(*flags)])
     return out
 
 

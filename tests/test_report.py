@@ -21,7 +21,7 @@ from carv.report import findings, page
 from carv.report.checks import checks
 from carv.report.commands import commands
 from carv.report.headline import headline
-from carv.report.methods import UNIFORM, Method, canonical, variance_ratio
+from carv.report.methods import UNIFORM, Method, variance_ratio
 from carv.report.plate import interval, shown, times
 from carv.report.plates import cost, profile
 from carv.report.profile import norms
@@ -33,7 +33,7 @@ from carv.runs.cell import Cell, StopConfig, run_cell
 from carv.runs.pilot_folder import PilotRecord, cost_to_dict
 from carv.strata import COUPLINGS, iid, per_render
 from carv.tasks.toy import GaussianToy
-from carv.variance.advice import Design
+from carv.variance.advice import Design, canonical
 from carv.variance.cost import CostModel, StepCost
 from carv.variance.pilot import pilot
 from carv.variance.predict import predict

@@ -17,12 +17,12 @@ from carv.rng import stream
 from carv.runs.cell import Cell, StopConfig, block_means, run_cell, run_described
 from carv.runs.executors import InProcess
 from carv.runs.store import RecordStore
-from carv.runs.sweep import SweepConfig, canonical, cells, sweep
+from carv.runs.sweep import SweepConfig, cells, sweep
 from carv.runs.worker import CellError
 from carv.strata import COUPLINGS
 from carv.tasks.toy import GaussianToy
 from carv.variance import measure as measuring
-from carv.variance.advice import Design
+from carv.variance.advice import Design, canonical
 from carv.variance.pilot import pilot
 from carv.variance.predict import predict
 from carv.variance.stopping import fixed_count, paper_rule, target_error

@@ -77,7 +77,7 @@ def compare_sds(config: CompareConfig, out: Path, json_only: Json = False, threa
     """
     _set_threads(threads)
     result = compare(config, out, quiet=json_only)
-    print(json.dumps(result) if json_only else summary(result, out))
+    _print(json_only, lambda: result, lambda: summary(result, out))
 
 
 def pilot(
@@ -125,9 +125,8 @@ def report(
     """
     from carv.report import findings, page, summary  # matplotlib is an extra
 
-    if not folders:
-        raise ValueError("name at least one folder of `carv pilot` or `carv sweep`")
-    found, path = findings.load(folders), out or folders[0] / "report.html"
+    found = findings.load(folders)
+    path = out or folders[0] / "report.html"
     page.write(found, path)
     _print(json_only, lambda: {"out": str(path), **summary.summary(found)}, lambda: f"wrote {path}")
 

@@ -238,7 +238,7 @@ def _imported(name: str) -> tuple[ModuleType, Any]:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        if error.name is None or not module_name.startswith(error.name):
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise  # something that the module itself imports
         raise ValueError(f"no module {module_name!r} here or installed; run from the folder that holds it") from error
     found: Any = module

@@ -9,12 +9,10 @@ from typing import Any
 from carv.rng import stream
 from carv.runs.pilot_folder import PilotRecord
 from carv.strata import COUPLINGS
-from carv.variance.advice import Advice, Bound, Candidate, Cost, advise
+from carv.variance.advice import SAFE, Advice, Bound, Candidate, Cost, advise
 from carv.variance.cost import SimulatedCost
 
 _SHOWN_TIES = 5
-# Couplings that are never worse than iid, see `carv.variance.advice.advise`.
-_SAFE = {name: coupling for name, coupling in COUPLINGS.items() if name != "systematic"}
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class AdviseConfig:
     """The K to try."""
     proposals: tuple[str, ...] = ()
     """The proposals to try; by default all that the pilot knows."""
-    couplings: tuple[str, ...] = tuple(_SAFE)
+    couplings: tuple[str, ...] = tuple(SAFE)
     """The couplings to try."""
     bootstrap: bool = False
     """The interval of the gain by bootstrap over renders, instead of Student's with the jackknife's error."""

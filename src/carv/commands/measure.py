@@ -12,8 +12,7 @@ from carv.problems import Problem, ProblemConfig, load_source
 from carv.rng import stream
 from carv.runs.cell import Cell, StopConfig, run_cell
 from carv.runs.store import RecordStore
-from carv.runs.sweep import canonical
-from carv.variance.advice import Design
+from carv.variance.advice import Design, canonical
 from carv.variance.measure import Measurement, measure
 from carv.variance.paired import PairedRatio, paired_ratio
 from carv.variance.reference import cosine_similarity, mse_to_reference, reference
@@ -68,7 +67,7 @@ class Measured:
         record: of the estimator, as in a sweep.
         baseline: of uniform iid draws with the same R and K.
         efficiency: RE, the baseline's variance over this one's, by common random numbers.
-        mse, cosine: to the reference (Eq. 62 and 64), and the same of the baseline.
+        mse, cosine: to the reference (Eq. 62 and 64), if there is one.
     """
 
     record: dict[str, Any]

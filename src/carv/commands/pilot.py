@@ -19,6 +19,7 @@ from carv.strata import iid, per_render
 from carv.variance.advice import Design
 from carv.variance.cost import StepCost, fit_cost, measure_cost
 from carv.variance.efficiency import Point, ecm
+from carv.variance.moments import TRUSTED_SHARE
 from carv.variance.pilot import MEMORY_LIMIT, pilot
 from carv.variance.predict import predict
 from carv.variance.tables import Tables
@@ -140,7 +141,7 @@ def summary(record: PilotRecord, out: Path) -> str:
         f"seconds of an estimate: {cost.c0} + {cost.c_upstream} R + {cost.c_denoise} R K"
         + (f"; one render costs {cost.ratio} draws" if cost.c_denoise.value > 0 else ""),
         f"the top 1 % of {tables.norm_sq.numel()} draws carry {tables.top_share:.0%} of the sum of squares"
-        + (": too heavy a tail to trust these figures" if tables.top_share > 0.3 else ""),
+        + (": too heavy a tail to trust these figures" if tables.top_share > TRUSTED_SHARE else ""),
         "ECM against uniform iid (1, 1), at the baseline's variance, by measured seconds:",
         "  " + " " * 22 + "".join(f"K={k:<11d}" for k in _SHOWN),
     ]

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from carv.report.findings import Gain, StudyFindings
 from carv.report.records import Cell
 from carv.runs.pilot_folder import PilotRecord
+from carv.variance.moments import TRUSTED_SHARE
 
-_HEAVY = 0.2  # as in `carv.variance.moments`: beyond it a variance need not exist
 _FEW_RENDERS = 20
 _ONE_RENDER = 0.5
 _MISFIT = 4.0
@@ -46,7 +46,7 @@ def _of_pilot(found: StudyFindings) -> Iterator[Warn]:
     share = pilot.tables.top_share
     if math.isnan(share):
         yield Warn("The pilot has fewer than 100 draws, too few to check its tails.", serious=True)
-    elif share > _HEAVY:
+    elif share > TRUSTED_SHARE:
         yield Warn(
             f"The top 1 % of the pilot's draws carry {share:.0%} of the sum of squares: its tails are too heavy for a "
             "predicted variance or its interval to mean anything. Measure the cells that matter by brute force.",

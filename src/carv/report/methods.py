@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from carv.report.records import Cell
 from carv.runs.pilot_folder import PilotRecord
 from carv.strata import COUPLINGS
-from carv.variance.advice import Cost, Design
+from carv.variance.advice import Cost, Design, canonical
 from carv.variance.efficiency import ECM, Figure, Point, ecm, relative_efficiency
 from carv.variance.jackknife import Jackknifed, derived
 from carv.variance.paired import Blocks, paired_ratio
@@ -103,23 +103,6 @@ class Costing:
     model: Cost
     unit: str
     assumed: bool
-
-
-def canonical(design: Design) -> Design:
-    """The name of a design among those that are the same by definition: the simplest coupling that says it.
-
-    One stratum in each render is iid; for one render global and nested strata are those of the render; nested strata
-    with one draw in each render are global.
-    """
-    distinct = design.renoise // 2 if design.antithetic else design.renoise
-    coupling = design.coupling
-    if coupling == "nested" and distinct == 1:
-        coupling = "global"
-    if coupling in ("global", "nested") and design.renders == 1:
-        coupling = "per-render"
-    if coupling == "per-render" and distinct == 1:
-        coupling = "iid"
-    return replace(design, coupling=coupling)
 
 
 def methods_of_pilot(pilot: PilotRecord, advised: Design | None) -> tuple[Method, ...]:

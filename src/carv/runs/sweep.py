@@ -15,7 +15,7 @@ from carv.runs.executors import Executor
 from carv.runs.store import RecordStore
 from carv.runs.worker import CellError
 from carv.strata import COUPLINGS
-from carv.variance.advice import Design
+from carv.variance.advice import Design, canonical
 from carv.variance.predict import PAPER_DRAWS, PAPER_RENDERS, PAPER_RENOISE
 from carv.variance.values import Value
 
@@ -54,23 +54,6 @@ class SweepResult:
     done: int
     skipped: int
     failed: tuple[tuple[Cell, str], ...] = ()
-
-
-def canonical(design: Design) -> Design:
-    """The design under its simplest name; designs with one canonical name are the same by definition.
-
-    With K' = K, or K/2 pairs of opposite noise: per-render strata with K' = 1 are iid, nested ones with K' = 1 are
-    global and with R = 1 per-render, global ones with R = 1 are per-render, and a shifted lattice of one point is iid.
-    """
-    renders, distinct = design.renders, design.renoise // 2 if design.antithetic else design.renoise
-    coupling = design.coupling
-    if coupling == "nested" and distinct == 1:
-        coupling = "global"
-    if coupling in ("nested", "global") and renders == 1:
-        coupling = "per-render"
-    if distinct == 1 and (coupling == "per-render" or (coupling == "systematic" and renders == 1)):
-        coupling = "iid"
-    return dataclasses.replace(design, coupling=coupling)
 
 
 def cells(config: SweepConfig, problem: ProblemConfig) -> list[Cell]:

@@ -9,6 +9,7 @@ compared render by render.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,8 +30,11 @@ from carv.variance.values import Value
 UNIFORM: Mapping[str, Density | None] = MappingProxyType({"uniform": None})
 """No proposal but p itself."""
 
-# Couplings that are never worse than iid, for any F; `systematic` can be, so it has to be asked for.
-_SAFE = MappingProxyType({name: COUPLINGS[name] for name in ("iid", "per-render", "global", "nested")})
+SAFE: Mapping[str, Coupling] = MappingProxyType(
+    {name: COUPLINGS[name] for name in ("iid", "per-render", "global", "nested")}
+)
+"""Couplings that are never worse than iid, for any F; `systematic` can be, so it has to be asked for."""
+
 _SAME = 1e-10
 _BOUND_SHARE = 0.01  # of p in the oracle of the bound: weights stay finite, and a gain of at most 1 % is lost
 
@@ -61,6 +65,23 @@ class Design:
     def __str__(self) -> str:
         pairs = ", antithetic" if self.antithetic else ""
         return f"({self.renders}, {self.renoise}) {self.proposal}, {self.coupling}{pairs}"
+
+
+def canonical(design: Design) -> Design:
+    """The design under its simplest name; designs with one canonical name are the same by definition.
+
+    With K' = K, or K/2 pairs of opposite noise: per-render strata with K' = 1 are iid, nested ones with K' = 1 are
+    global and with R = 1 per-render, global ones with R = 1 are per-render, and a shifted lattice of one point is iid.
+    """
+    renders, distinct = design.renders, design.renoise // 2 if design.antithetic else design.renoise
+    coupling = design.coupling
+    if coupling == "nested" and distinct == 1:
+        coupling = "global"
+    if coupling in ("nested", "global") and renders == 1:
+        coupling = "per-render"
+    if distinct == 1 and (coupling == "per-render" or (coupling == "systematic" and renders == 1)):
+        coupling = "iid"
+    return dataclasses.replace(design, coupling=coupling)
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +158,7 @@ def advise(
     renoise: Sequence[int] = (1, 2, 4, 8, 16, 32),
     renders: Sequence[int] = (1, 2, 4, 8),
     proposals: Mapping[str, Density | None] = UNIFORM,
-    couplings: Mapping[str, Coupling] = _SAFE,
+    couplings: Mapping[str, Coupling] = SAFE,
     cost: str = "seconds",
     resample: Stream | None = None,
 ) -> Advice:

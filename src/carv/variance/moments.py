@@ -13,7 +13,8 @@ from torch import Tensor
 from carv.variance.values import Value
 
 _HEAVIEST = 0.01  # the share of the replicates whose share of the sum is looked at
-_TRUSTED_SHARE = 0.2  # a chi-squared law of one degree of freedom has 0.085, one whose variance is infinite above 0.2
+TRUSTED_SHARE = 0.2
+"""Of the top 1 %: a chi-squared law of one degree of freedom has 0.085, one whose variance is infinite above 0.2."""
 _TRUSTED_ERROR = 0.2  # relative error of a standard error
 
 
@@ -40,7 +41,7 @@ class TailCheck:
     @property
     def trusted(self) -> bool:
         """Whether the variance and its interval mean something: both measures are moderate."""
-        return self.top_share <= _TRUSTED_SHARE and self.error_of_error <= _TRUSTED_ERROR
+        return self.top_share <= TRUSTED_SHARE and self.error_of_error <= _TRUSTED_ERROR
 
     @property
     def verdict(self) -> str:

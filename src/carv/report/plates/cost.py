@@ -7,9 +7,10 @@ from typing import Any
 
 from carv.report.findings import StudyFindings
 from carv.report.headline import name
-from carv.report.methods import UNIFORM, Entry, Method, canonical
+from carv.report.methods import UNIFORM, Entry, Method
 from carv.report.plate import Plate, Table, interval, shown
 from carv.report.style import colour, drawn, legend_above, log_ticks, series, whiskers
+from carv.variance.advice import canonical
 from carv.variance.efficiency import pareto_front
 from carv.variance.values import Value
 

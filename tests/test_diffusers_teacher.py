@@ -27,7 +27,7 @@ from carv.estimator import HierarchicalEstimator
 from carv.gradient import Gradient, Renders
 from carv.sampler import TimestepSampler
 from carv.schedule import NoiseSchedule
-from carv.tasks.sds.config import SDSConfig
+from carv.tasks.sds.config import EstimatorConfig, SDSConfig
 from carv.tasks.sds.field import VoxelField
 from carv.tasks.sds.task import SDS
 from carv.tasks.sds.train import Trainer, load_teacher
@@ -634,10 +634,25 @@ def test_a_text_to_3d_run_names_its_teacher_by_its_folder(folders: Callable[[str
     trainer.step()
     assert trainer.task.encoder_calls == 1
     assert not torch.equal(trainer.field.density, before)
-    with pytest.raises(ValueError, match="is a flow-matching model"):
-        load_teacher(dataclasses.replace(config, teacher=str(folders("sd3"))))
     with pytest.raises(ValueError, match="absent"):
         load_teacher(dataclasses.replace(config, teacher="absent"))
+
+
+@pytest.mark.parametrize("proposal", ["weight", "adaptive"])
+def test_a_text_to_3d_run_takes_a_flow_matching_teacher_whose_t_is_continuous(
+    proposal: Any, folders: Callable[[str], Path]
+) -> None:
+    estimator = EstimatorConfig(renoise=4, proposal=proposal)
+    config = SDSConfig("a", estimator, teacher=str(folders("sd3")), size=12, resolution=8, samples=4)
+    trainer = Trainer(config, load_teacher(config))
+    before = trainer.field.density.detach().clone()
+    trainer.step()
+    assert not torch.equal(trainer.field.density, before)
+    law = trainer.estimator.sampler
+    t = law.sample(2, 500, torch.Generator().manual_seed(0)).t
+    assert t.is_floating_point()
+    assert 0.02 <= float(t.min()) < 0.3
+    assert 0.9 < float(t.max()) <= 0.98
 
 
 def test_the_gradient_through_encode_agrees_with_finite_differences(

@@ -29,7 +29,7 @@ from carv.proposals import defensive, proportional
 from carv.rng import Stream
 from carv.sampler import TimestepSampler
 from carv.strata import COUPLINGS
-from carv.tasks.sds.config import SDSConfig
+from carv.tasks.sds.config import EstimatorConfig, SDSConfig
 from carv.tasks.sds.train import Trainer, load_teacher
 from carv.tasks.toy import GaussianToy
 from carv.variance.advice import Design
@@ -46,6 +46,8 @@ class ProblemConfig:
     """toy, sds, or module:object for your own."""
     prompt: str = "a red chair"
     """sds: what to make."""
+    teacher: str = "world"
+    """sds: world, small, or a diffusers pipeline, as of carv sds."""
     steps: int = 150
     """sds: training steps before the measurement; with --run the run's own."""
     resolution: int = 32
@@ -64,7 +66,8 @@ class ProblemConfig:
             return named
         if self.run is not None:
             return named | {"run": str(self.run)}
-        return named | {"prompt": self.prompt, "steps": self.steps, "resolution": self.resolution}
+        own = ("prompt", "teacher", "steps", "resolution")
+        return named | {name: getattr(self, name) for name in own}
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> ProblemConfig:
@@ -176,17 +179,23 @@ def _make(config: ProblemConfig, say: Callable[[str], None] | None) -> Problem |
         toy = GaussianToy()
         return Problem.of(toy, base, toy.weight)
     if config.task == "sds":
-        return _sds(config, base, say)
+        return _sds(config, say)
     if ":" in config.task:
         return _user(config.task, base, say)
     raise ValueError(f"unknown task {config.task!r}; use toy, sds, or module:object for your own")
 
 
-def _sds(config: ProblemConfig, base: Density, say: Callable[[str], None] | None) -> Problem:
+def _sds(config: ProblemConfig, say: Callable[[str], None] | None) -> Problem:
     """The pilot's renders are independent, so cameras are not stratified over a step here."""
     fingerprint = {}
     if config.run is None:
-        settings = SDSConfig(config.prompt, resolution=config.resolution, final_rate=1.0, stratify_azimuth=False)
+        settings = SDSConfig(
+            config.prompt,
+            teacher=config.teacher,
+            resolution=config.resolution,
+            final_rate=1.0,
+            stratify_azimuth=False,
+        )
         trainer = Trainer(settings, load_teacher(settings, say))
         for step in range(config.steps):
             trainer.step()
@@ -199,7 +208,8 @@ def _sds(config: ProblemConfig, base: Density, say: Callable[[str], None] | None
         trainer.load_state_dict(tensors)
         parts = (tensors[name].contiguous().numpy().tobytes() for name in sorted(tensors))
         fingerprint["checkpoint"] = _digest(described.encode(), *parts)
-    return Problem.of(trainer.task, base, trainer.task.weight, fingerprint=fingerprint)
+    law = EstimatorConfig(t_min=config.t_min, t_max=config.t_max).base(trainer.task.teacher.schedule)
+    return Problem.of(trainer.task, law, trainer.task.weight, fingerprint=fingerprint)
 
 
 def _user(name: str, base: Density, say: Callable[[str], None] | None) -> Problem | Estimator:

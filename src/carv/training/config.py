@@ -7,8 +7,9 @@ import json
 from dataclasses import dataclass
 from typing import Literal
 
+from carv.devices import DeviceName
+
 SizeName = Literal["tiny", "small", "large"]
-DeviceName = Literal["cpu", "cuda", "auto"]
 
 STAGE_SHARES = {"autoencoder": 0.25, "denoiser": 0.66, "clip": 0.09}
 """How the minutes are split. Rendering, encoding and measuring come on top: about 7 minutes on one core."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from carv.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint, write_whole
+from carv.devices import find_device
 from carv.extras import require
 from carv.provenance import provenance
 from carv.rng import Stream, stream
@@ -72,19 +73,6 @@ def train(config: TrainConfig, out: Path, overwrite: bool = False, say: Say = sa
     write_whole(out / QUALITY, (json.dumps(facts, indent=1) + "\n").encode())
     write_whole(out / "README.md", model_card(facts).encode())
     return facts
-
-
-def find_device(name: str) -> torch.device:
-    """The device of a name; "auto" is a GPU if there is one.
-
-    Raises:
-        ValueError: there is no GPU.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("torch sees no CUDA device; train with --device cpu")
-    return torch.device(name)
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,12 @@ import json
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+import torch
 import tyro
 
 from carv.adaptive import AdaptiveProposal
-from carv.density import DiscreteDensity, uniform_steps
+from carv.density import Density, ShiftedUniform, uniform_steps
+from carv.devices import DeviceName, find_device
 from carv.estimator import HierarchicalEstimator
 from carv.proposals import defensive, proportional
 from carv.rng import stream
@@ -26,6 +28,7 @@ ProposalName = Literal["uniform", "weight", "defensive", "adaptive"]
 FieldName = Literal["voxel", "hash"]
 CameraName = Literal["world", "paper"]
 CouplingName = Literal["iid", "per-render", "global", "systematic", "nested"]
+DtypeName = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -49,15 +52,23 @@ class EstimatorConfig:
     micro_batch: int | None = None
     """At most how many draws the teacher sees at once; bounds memory, changes nothing else."""
 
-    def build(self, weight: Weight) -> HierarchicalEstimator:
-        """The estimator for a teacher of 1000 timesteps whose contributions carry `weight`."""
-        base = uniform_steps(self.t_min, self.t_max)
+    def base(self, schedule: NoiseSchedule) -> Density:
+        """p: all of t_min..t_max alike. A flow's t is continuous: uniform on t_min/1000..t_max/1000, without shift."""
+        if schedule.continuous:
+            return ShiftedUniform(self.t_min / 1000, self.t_max / 1000)
+        return uniform_steps(self.t_min, self.t_max)
+
+    def build(
+        self, weight: Weight, schedule: NoiseSchedule, device: torch.device | str = "cpu"
+    ) -> HierarchicalEstimator:
+        """The estimator for a teacher of this schedule whose contributions carry `weight`, with draws on a device."""
+        base = self.base(schedule)
         sampler = TimestepSampler(
             base, self._proposal(base, weight), coupling=COUPLINGS[self.coupling], antithetic=self.antithetic, w=weight
         )
-        return HierarchicalEstimator(sampler, self.renders, self.renoise, self.micro_batch)
+        return HierarchicalEstimator(sampler.to(device), self.renders, self.renoise, self.micro_batch)
 
-    def _proposal(self, base: DiscreteDensity, weight: Weight) -> Any:
+    def _proposal(self, base: Density, weight: Weight) -> Any:
         if self.proposal == "uniform":
             return base
         if self.proposal == "adaptive":
@@ -88,7 +99,14 @@ class SDSConfig:
     seed: int = 0
     """Of all randomness."""
     teacher: str = "world"
-    """world: the exact denoiser of carv's own pictures; or a diffusers pipeline, as a folder or a cached hub id."""
+    """world: the exact denoiser of carv's own pictures; small: carv's own small Stable Diffusion; or a diffusers
+    pipeline, as a folder or a cached hub id."""
+    teacher_dtype: DtypeName = "float32"
+    """Of the teacher's denoiser; its autoencoder stays in float32. The exact teacher has no other."""
+    device: DeviceName = "cpu"
+    """Where everything is computed; auto takes a GPU if there is one."""
+    clip: str = "small"
+    """The CLIP that scores the result: small is carv's own; or a folder or a cached hub id; none for no score."""
     weight: str = "sds"
     """w(t), by name; see carv.weights.WEIGHTS."""
     guidance_scale: float = 3.0
@@ -151,10 +169,11 @@ class SDSConfig:
             raise ValueError(f"these are not the settings of a text-to-3D run of this version: {error}") from error
 
     def build_field(self) -> Field:
-        """The field before the first step."""
+        """The field before the first step, made on the CPU and so the same on every device."""
+        device = find_device(self.device)
         if self.field == "voxel":
-            return VoxelField(self.resolution, self.samples)
-        return HashGridField(self.hash_grid, self.samples, stream(self.seed, "field"))
+            return VoxelField(self.resolution, self.samples).to(device)
+        return HashGridField(self.hash_grid, self.samples, stream(self.seed, "field")).to(device)
 
     @property
     def camera_range(self) -> CameraRange:

@@ -25,9 +25,9 @@ def turntable_cameras(frames: int, elevation: float = 15.0) -> Cameras:
 
 
 def render_all(field: Field, cameras: Cameras, size: int) -> Tensor:
-    """Pictures `[R, 3, size, size]`, one view at a time to bound memory."""
+    """Pictures `[R, 3, size, size]` on the CPU, one view at a time to bound memory."""
     with torch.no_grad():
-        return torch.cat([field(cameras[i : i + 1], size)[0] for i in range(len(cameras))])
+        return torch.cat([field(cameras[i : i + 1], size)[0].cpu() for i in range(len(cameras))])
 
 
 def write_turntable(path: Path, field: Field, frames: int = 36, size: int = 128) -> None:
@@ -58,13 +58,13 @@ def write_mesh(path: Path, field: Field, resolution: int = 96) -> int:
     measure, trimesh = require("skimage.measure", "sds"), require("trimesh", "sds")
     with torch.no_grad():
         # A border of empty space closes surfaces that reach the cube's sides.
-        density = torch.nn.functional.pad(field.density_grid(resolution), [1] * 6).numpy()
+        density = torch.nn.functional.pad(field.density_grid(resolution).cpu(), [1] * 6).numpy()
     if density.max() <= _MESH_LEVEL:
         return 0
     vertices, faces, _, _ = measure.marching_cubes(density, _MESH_LEVEL)
     points = (2 * (vertices - 1) / (resolution - 1) - 1) * field.radius
     with torch.no_grad():
-        colours = field.colour_at(torch.from_numpy(points.astype(np.float32))).numpy()
+        colours = field.colour_at(torch.from_numpy(points.astype(np.float32))).cpu().numpy()
     # glTF's y is up, the world's z is: (x, y, z) -> (y, z, x) keeps the front facing the viewer.
     mesh = trimesh.Trimesh(points[:, [1, 2, 0]], faces, vertex_colors=(255 * colours).astype(np.uint8), process=False)
     mesh.export(path)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from carv.adaptive import AdaptiveProposal
+from carv.devices import find_device
 from carv.estimator import Estimate
 from carv.rng import stream
 from carv.tasks.sds.config import SDSConfig
@@ -18,6 +19,7 @@ from carv.tasks.sds.field import Field
 from carv.tasks.sds.task import SDS
 from carv.teachers.base import Teacher
 from carv.teachers.exact import ExactTeacher
+from carv.teachers.small import small_pipeline
 from carv.weights import by_name
 from carv.world.dataset import load_world
 
@@ -38,7 +40,8 @@ def world_teacher(config: SDSConfig, say: Callable[[str], None] | None = None) -
             say(f"rendering the pictures of carv's 3D world, once: {done} of {total} shapes")
 
     world = load_world(progress=progress)
-    return ExactTeacher(world.images_float(), config.schedule, world.mask, bandwidth=config.bandwidth)
+    images = world.images_float().to(find_device(config.device))
+    return ExactTeacher(images, config.schedule, world.mask, bandwidth=config.bandwidth)
 
 
 def load_teacher(config: SDSConfig, say: Callable[[str], None] | None = None) -> Teacher:
@@ -49,19 +52,19 @@ def load_teacher(config: SDSConfig, say: Callable[[str], None] | None = None) ->
         say: told about what takes long.
 
     Raises:
-        ValueError: not a pipeline that carv reads; one whose timesteps are not discrete.
+        ValueError: not a pipeline that carv reads; no such device.
         ImportError: diffusers or transformers is not installed.
     """
     if config.teacher == "world":
+        if config.teacher_dtype != "float32":
+            raise ValueError(f"the exact teacher computes in float32, not in {config.teacher_dtype}")
         return world_teacher(config, say)
     from carv.teachers.diffusers import DiffusersTeacher  # heavy, and an extra
 
-    teacher = DiffusersTeacher.from_pretrained(config.teacher)
-    if teacher.schedule.acp is None:
-        raise ValueError(
-            f"{config.teacher} is a flow-matching model, with a continuous t; text-to-3D runs take a discrete schedule"
-        )
-    return teacher
+    folder = small_pipeline() if config.teacher == "small" else config.teacher
+    return DiffusersTeacher.from_pretrained(
+        folder, device=find_device(config.device), dtype=getattr(torch, config.teacher_dtype), vae_dtype=torch.float32
+    )
 
 
 @dataclass
@@ -73,15 +76,15 @@ class GradientNoise:
     """
 
     previous: Tensor | None = None
-    signal: float = 0.0
-    total: float = 0.0
+    signal: Tensor | float = 0.0
+    total: Tensor | float = 0.0
     steps: int = 0
 
     def update(self, gradient: Tensor) -> None:
-        """Take in the flat gradient of the next step."""
+        """Take in the flat gradient of the next step. No device sync."""
         if self.previous is not None:
-            self.signal = _NOISE_MEMORY * self.signal + (1 - _NOISE_MEMORY) * float(gradient @ self.previous)
-            self.total = _NOISE_MEMORY * self.total + (1 - _NOISE_MEMORY) * float(gradient @ gradient)
+            self.signal = _NOISE_MEMORY * self.signal + (1 - _NOISE_MEMORY) * (gradient @ self.previous)
+            self.total = _NOISE_MEMORY * self.total + (1 - _NOISE_MEMORY) * (gradient @ gradient)
             self.steps += 1
         self.previous = gradient
 
@@ -90,7 +93,7 @@ class GradientNoise:
         """Between 0 and 1; `None` until it means something."""
         if self.steps < _STEPS_FOR_NOISE or self.total == 0:
             return None
-        return min(1.0, max(0.0, 1 - self.signal / self.total))
+        return min(1.0, max(0.0, 1 - float(self.signal) / float(self.total)))
 
 
 class Trainer:
@@ -120,7 +123,7 @@ class Trainer:
             negative=config.negative,
             stratify_azimuth=config.stratify_azimuth,
         )
-        self.estimator = config.estimator.build(weight)
+        self.estimator = config.estimator.build(weight, teacher.schedule, self.task.device)
         groups = self.field.parameter_groups()
         self.rates = [config.rates[name] for name in groups]
         self.optimiser = torch.optim.Adam(

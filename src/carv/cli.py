@@ -6,6 +6,7 @@ standard error; 3 cannot tell yet; 130 interrupted, with what to do next.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import torch
 import tyro
 
 from carv.commands import advise as advise_command
+from carv.commands import auto as auto_command
 from carv.commands import check as check_command
 from carv.commands import measure as measure_command
 from carv.commands import pilot as pilot_command
@@ -35,25 +37,40 @@ Json = Annotated[bool, tyro.conf.arg(name="json", help="Print the results as JSO
 
 def sds(
     config: SDSConfig,
+    auto_config: auto_command.AutoConfig,
     out: Path,
+    auto: bool = False,
     checkpoint_every: int = 50,
     overwrite: bool = False,
     json_only: Json = False,
     threads: Threads = 0,
 ) -> None:
-    """Optimise a 3D object towards a prompt, e.g. carv sds "a red chair" --out chair
+    """Optimise a 3D object towards a prompt, e.g. carv sds "a red chair" --auto --out chair
 
     Writes turntable.gif, contact_sheet.png, mesh.glb, metrics.json and a checkpoint; the same command goes on
     from the checkpoint if it was stopped.
 
     Args:
         config: Settings.
+        auto_config: What --auto may spend.
         out: The run's folder.
+        auto: Let a short pilot choose R, K, the proposal, the coupling and antithetic noise for this prompt and
+            machine; it leaves itself in OUT/auto.
         checkpoint_every: Steps between checkpoints.
         overwrite: Start again where the folder holds another run.
     """
     _set_threads(threads)
+    if not auto and auto_config != auto_command.AutoConfig():
+        raise ValueError("options of --auto were given without it: add --auto, or leave them out")
+    choice = None
+    if auto:
+        choice = auto_command.choose(config, auto_config, out, checkpoint_every, overwrite, quiet=json_only)
+        config = dataclasses.replace(config, estimator=choice.estimator)
+        if not json_only:
+            print(auto_command.summary(choice), flush=True)
     metrics = run(config, out, checkpoint_every, overwrite, quiet=json_only)
+    if choice is not None:
+        metrics = metrics | {"auto": choice.record}
     if json_only:
         print(json.dumps(metrics))
         return

@@ -239,7 +239,7 @@ def test_a_damaged_record_is_one_sentence_with_file_and_line(tmp_path, damage):
 def test_folders_without_records_are_refused(tmp_path):
     with pytest.raises(ValueError, match="at least one folder"):
         findings.load([])
-    with pytest.raises(ValueError, match=r"holds neither pilot\.json nor records\.jsonl"):
+    with pytest.raises(ValueError, match=r"holds neither pilot\.json, records\.jsonl nor experiment\.json"):
         findings.load([tmp_path])
     with pytest.raises(ValueError, match="nothing to report"):
         findings.load([write_records(tmp_path, [])])

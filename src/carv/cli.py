@@ -132,20 +132,28 @@ def advise(
 
 
 def report(
-    folders: Annotated[tuple[Path, ...], tyro.conf.Positional], out: Path | None = None, json_only: Json = False
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional],
+    out: Path | None = None,
+    markdown: Path | None = None,
+    json_only: Json = False,
 ) -> None:
-    """Make one HTML page of pilots and sweeps: carv report DIR
+    """Make one HTML page of pilots, sweeps and experiments: carv report DIR
 
     Args:
-        folders: Of `carv pilot`, `carv sweep`, or both in one.
+        folders: Of `carv pilot`, `carv sweep`, an experiment, or several in one.
         out: The page; by default report.html in the first folder.
+        markdown: A file for the experiments as sections of Markdown, too.
     """
     from carv.report import findings, page, summary  # matplotlib is an extra
+    from carv.report import markdown as sections
 
     found = findings.load(folders)
     path = out or folders[0] / "report.html"
+    if markdown is not None:
+        sections.write([one.experiment for one in found.experiments], markdown)
     page.write(found, path)
-    _print(json_only, lambda: {"out": str(path), **summary.summary(found)}, lambda: f"wrote {path}")
+    wrote = f"wrote {path}" + (f" and {markdown}" if markdown else "")
+    _print(json_only, lambda: {"out": str(path), **summary.summary(found)}, lambda: wrote)
 
 
 def measure(

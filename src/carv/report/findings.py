@@ -20,7 +20,7 @@ from carv.report.methods import (
     predicted,
     re_of,
 )
-from carv.report.records import Study, read
+from carv.report.records import ExperimentRecord, Study, read
 from carv.variance.advice import Advice, Design, advise
 from carv.variance.cost import SimulatedCost
 from carv.variance.efficiency import ECM, Figure
@@ -114,11 +114,13 @@ class Findings:
 
     Attributes:
         folders: where the records are.
+        experiments: what was repeated of the paper.
         studies: one for each problem, or pilot.
         notes: what was left out, one sentence each.
     """
 
     folders: tuple[Path, ...]
+    experiments: tuple[ExperimentRecord, ...]
     studies: tuple[StudyFindings, ...]
     notes: tuple[str, ...]
 
@@ -127,13 +129,15 @@ def load(folders: Sequence[str | Path]) -> Findings:
     """What the records in some folders say.
 
     Args:
-        folders: of `carv pilot`, `carv sweep` or both; those of one problem are put together.
+        folders: of `carv pilot`, `carv sweep`, an experiment, or several in one; cells of one problem are put together.
 
     Raises:
-        ValueError: no folders; a folder with neither a pilot nor records; a file that is damaged.
+        ValueError: no folders; a folder with none of the three; a file that is damaged.
     """
-    studies, notes = read(folders)
-    return Findings(tuple(map(Path, folders)), tuple(map(_findings, studies)), notes)
+    records = read(folders)
+    return Findings(
+        tuple(map(Path, folders)), records.experiments, tuple(map(_findings, records.studies)), records.notes
+    )
 
 
 def _findings(study: Study) -> StudyFindings:

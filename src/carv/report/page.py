@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from carv.extras import require
 from carv.report.checks import Warn, checks
 from carv.report.commands import commands
+from carv.report.comparison import Comparison, comparison
+from carv.report.experiment import Experiment
 from carv.report.findings import Findings, StudyFindings
 from carv.report.headline import Headline, headline, provenances
+from carv.report.pictures import Picture
 from carv.report.plate import Plate
-from carv.report.plates import cost, coverage, gains, profile, sensitivity, split
+from carv.report.plates import chart, cost, coverage, gains, profile, sensitivity, split
+from carv.report.records import ExperimentRecord
 from carv.report.style import COLOURS
 
 _PLATES = {
@@ -28,6 +35,8 @@ _PLATES = {
     "sensitivity": sensitivity.plate,
 }
 
+_FEW = 3  # sections that are found without a list of links
+
 
 @dataclass(frozen=True, eq=False)
 class Section:
@@ -40,6 +49,18 @@ class Section:
     plates: tuple[Plate, ...]
     provenance: tuple[tuple[str, str], ...]
     commands: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class ExperimentSection:
+    """What the page says of one experiment."""
+
+    key: str
+    experiment: Experiment
+    tables: tuple[Comparison, ...]
+    plates: tuple[Plate, ...]
+    pictures: tuple[Picture, ...]
+    provenance: tuple[tuple[str, str], ...]
 
 
 def write(findings: Findings, path: str | Path) -> None:
@@ -73,11 +94,27 @@ def render(findings: Findings) -> str:
     environment.filters["fine"] = _fine
     template = environment.from_string((here / "page.html").read_text(encoding="utf-8"))
     sections = [_section(found, findings, f"s{i}") for i, found in enumerate(findings.studies)]
+    experiments = [_experiment(one, f"e{i}") for i, one in enumerate(findings.experiments)]
+    links = [(one.key, one.experiment.name, one.experiment.question) for one in experiments]
+    links += [(one.key, one.title, one.headline.advice) for one in sections]
     variables = [" ".join(f"--{name}: {pair[i]};" for name, pair in COLOURS.items()) for i in (0, 1)]
     css = (here / "page.css").read_text(encoding="utf-8")
     css = css.replace("/* LIGHT */", variables[0]).replace("/* DARK */", variables[1])
-    text: str = template.render(css=css, sections=sections, notes=findings.notes)
+    text: str = template.render(
+        css=css,
+        title=_title([name for _, name, _ in links]),
+        links=links if len(experiments) > _FEW else [],
+        experiments=experiments,
+        has_pictures=any(one.pictures for one in experiments),
+        sections=sections,
+        notes=findings.notes,
+    )
     return text
+
+
+def _title(names: Sequence[str]) -> str:
+    more = len(names) - _FEW
+    return "; ".join(names[:_FEW]) + (f"; and {more} more" if more > 0 else "")
 
 
 def _fine(text: str) -> str:
@@ -100,3 +137,23 @@ def _section(found: StudyFindings, findings: Findings, key: str) -> Section:
         provenance,
         commands(found.study, findings.folders),
     )
+
+
+def _experiment(record: ExperimentRecord, key: str) -> ExperimentSection:
+    experiment = record.experiment
+    return ExperimentSection(
+        key,
+        experiment,
+        tuple(map(comparison, experiment.tables)),
+        tuple(chart.plate(one, f"{key}-c{i}") for i, one in enumerate(experiment.charts)),
+        record.pictures,
+        tuple(
+            (name, _written(value))
+            for given in (experiment.config, experiment.provenance)
+            for name, value in sorted(given.items())
+        ),
+    )
+
+
+def _written(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

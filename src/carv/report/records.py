@@ -1,4 +1,4 @@
-"""What folders hold: a pilot, brute-force cells, or both, grouped by what they were measured on."""
+"""What folders hold: a pilot, brute-force cells, an experiment, or several, cells grouped by what was measured."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from carv.report.experiment import EXPERIMENT, Experiment
+from carv.report.pictures import Picture, read_picture
 from carv.runs.pilot_folder import PILOT, PilotRecord, cost_from_dict
 from carv.runs.store import RECORDS, RecordStore
 from carv.variance.advice import Design
@@ -82,10 +84,41 @@ class Study:
         return f"{self.problem['task']}: {prompt}" if prompt else str(self.problem["task"])
 
 
+@dataclass(frozen=True, eq=False)
+class ExperimentRecord:
+    """An experiment, with what lies beside its record.
+
+    Attributes:
+        experiment: the record.
+        pictures: its PNGs.
+        folder: where it is.
+    """
+
+    experiment: Experiment
+    pictures: tuple[Picture, ...]
+    folder: Path
+
+
+@dataclass(frozen=True, eq=False)
+class Records:
+    """All that some folders hold.
+
+    Attributes:
+        experiments: in the order of the folders.
+        studies: one for each problem, or pilot.
+        notes: one sentence for each thing that was left out.
+    """
+
+    experiments: tuple[ExperimentRecord, ...]
+    studies: tuple[Study, ...]
+    notes: tuple[str, ...]
+
+
 @dataclass
 class _Found:
     """What has been read so far."""
 
+    experiments: list[ExperimentRecord] = field(default_factory=list)
     pilots: list[tuple[PilotRecord, Path]] = field(default_factory=list)
     cells: dict[str, list[Cell]] = field(default_factory=dict)
     costs: dict[str, CostModel] = field(default_factory=dict)
@@ -93,29 +126,38 @@ class _Found:
     notes: list[str] = field(default_factory=list)
 
 
-def read(folders: Sequence[str | Path]) -> tuple[tuple[Study, ...], tuple[str, ...]]:
-    """The studies in some folders, and one sentence for each thing that was left out.
+def read(folders: Sequence[str | Path]) -> Records:
+    """What some folders hold.
 
     Raises:
-        ValueError: no folders; a folder with neither a pilot nor records; a file that is damaged.
+        ValueError: no folders; a folder with none of the three; a file that is damaged.
     """
     if not folders:
-        raise ValueError("a report needs at least one folder, of `carv pilot` or `carv sweep`")
+        raise ValueError("a report needs at least one folder, of `carv pilot`, `carv sweep` or an experiment")
     found = _Found()
     for folder in map(Path, folders):
-        has_pilot, records = (folder / PILOT).exists(), folder / RECORDS
-        if not has_pilot and not records.exists():
-            raise ValueError(
-                f"{folder} holds neither {PILOT} nor {RECORDS}: give folders of `carv pilot` or `carv sweep`"
-            )
-        if has_pilot:
-            found.pilots.append((PilotRecord.load(folder), folder))
-        if records.exists():
-            _read_records(folder, found)
+        _read_folder(folder, found)
     studies = _studies(found)
-    if not studies:
+    if not (studies or found.experiments):
         raise ValueError(f"no pilot and no finished cell in {', '.join(map(str, folders))}: there is nothing to report")
-    return studies, (*found.notes, *_mismatches(studies))
+    return Records(tuple(found.experiments), studies, (*found.notes, *_mismatches(studies)))
+
+
+def _read_folder(folder: Path, found: _Found) -> None:
+    held = [name for name in (PILOT, RECORDS, EXPERIMENT) if (folder / name).exists()]
+    if not held:
+        raise ValueError(
+            f"{folder} holds neither {PILOT}, {RECORDS} nor {EXPERIMENT}: give folders of `carv pilot`, `carv sweep` "
+            "or an experiment"
+        )
+    if PILOT in held:
+        found.pilots.append((PilotRecord.load(folder), folder))
+    if RECORDS in held:
+        _read_records(folder, found)
+    if EXPERIMENT in held:
+        experiment = Experiment.load(folder)
+        pictures = tuple(read_picture(folder, name, caption) for caption, name in experiment.pictures.items())
+        found.experiments.append(ExperimentRecord(experiment, pictures, folder))
 
 
 def _studies(found: _Found) -> tuple[Study, ...]:

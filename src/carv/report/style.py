@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from carv.extras import require
 
 # Of Okabe and Ito (2008), darkened for white paper and lightened for black: name -> light, dark.
@@ -25,7 +27,6 @@ COLOURS = {
     "c5": ("#6a49b8", "#b7a0f8"),
 }
 _ENTRY, _LETTER, _ROW = 36, 5.4, 310  # points: a legend's line, a letter, and the width of a figure
-_LONGEST = 21  # letters of a legend's entry, three of which fit beside one another
 SERIES = ("c0", "c1", "c2", "c3", "c4", "c5")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), "-", (0, (5, 1.5, 1.2, 1.5)), (0, (8, 2)))
@@ -111,7 +112,7 @@ def _inline(svg: str, key: str, alt: str) -> str:
     svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{key}-\1)", svg)
     for name, (light, _) in COLOURS.items():
         svg = re.sub(light, f"var(--{name})", svg, flags=re.IGNORECASE)
-    svg = re.sub(r"(font: [^;\"]*?px )[^;\"]+", r"\1var(--sans)", svg)
+    svg = re.sub(r"(font: [^;\"<>]*?px )[^;\"<>]+", r"\1var(--sans)", svg)
     box = re.search(r'viewBox="([^"]+)"', svg)
     assert box is not None
     # Only the size goes, so that the page's width rules.
@@ -119,12 +120,21 @@ def _inline(svg: str, key: str, alt: str) -> str:
     return head + svg[svg.index(">") + 1 :]
 
 
+def legend_columns(labels: Sequence[str]) -> int:
+    """The most columns in which a legend fits the figure, at least one."""
+    for columns in range(len(labels), 1, -1):
+        parts = np.array_split([len(label) for label in labels], columns)  # as matplotlib does
+        if sum(_ENTRY + _LETTER * max(part) for part in parts) <= _ROW:
+            return columns
+    return 1
+
+
 def legend_above(axes: Any) -> None:
-    """The legend outside the data, above all axes of the figure: in one row if it fits, else in three columns."""
+    """The legend outside the data, above all axes of the figure; a label is cut only where it fills a line alone."""
     handles, labels = axes.get_legend_handles_labels()
-    labels = [label if len(label) <= _LONGEST else f"{label[: _LONGEST - 1]}…" for label in labels]
-    columns = len(labels) if sum(_ENTRY + _LETTER * len(label) for label in labels) <= _ROW else 3
-    axes.get_figure().legend(handles, labels, loc="outside upper left", ncols=columns)
+    most = int((_ROW - _ENTRY) / _LETTER)
+    labels = [label if len(label) <= most else f"{label[: most - 1]}…" for label in labels]
+    axes.get_figure().legend(handles, labels, loc="outside upper left", ncols=legend_columns(labels))
 
 
 def whiskers(values: Sequence[float], intervals: Sequence[tuple[float, float]]) -> list[list[float]]:

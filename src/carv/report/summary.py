@@ -21,6 +21,7 @@ def summary(findings: Findings) -> dict[str, Any]:
             "kind": "report",
             "format": 1,
             "folders": [str(folder) for folder in findings.folders],
+            "experiments": [{"folder": str(one.folder), **asdict(one.experiment)} for one in findings.experiments],
             "studies": [_study(study) for study in findings.studies],
             "notes": list(findings.notes),
         }

@@ -59,6 +59,9 @@ TINY = {
 }
 
 
+QUICK_COMPARISON = {**TINY, "seconds": 0.4, "snapshots": 3}
+
+
 @pytest.fixture(scope="module")
 def patch():
     with pytest.MonkeyPatch.context() as patch:
@@ -74,7 +77,7 @@ def runs(tmp_path_factory, patch):
         return world.mask(prompt.split(",")[0])
 
     teacher = ExactTeacher(world.images_float(), NoiseSchedule.scaled_linear(), select, bandwidth=0.1)
-    for module in ("carv.problems", "sds_pilots"):
+    for module in ("carv.problems", "sds_pilots", "carv.tasks.sds.compare"):
         patch.setattr(f"{module}.load_teacher", lambda config, say=None: teacher)
     patch.setattr(sds_setting, "QUICK", TINY)
     return tmp_path_factory.mktemp("experiments")
@@ -103,6 +106,21 @@ def test_a_script_prints_what_its_record_holds(name, runs, capsys):
     rows = [row for table in found.tables for label, row in table.rows.items() if label != "weight w(t)"]
     exact = [one.value for row in rows for one in row if one.value is not None and one.error is None]
     assert exact == pytest.approx([round(value) for value in exact], abs=1e-9)
+
+
+def test_a_comparison_at_equal_time_is_shown_with_its_pictures_and_not_made_again(runs, capsys, monkeypatch):
+    script = importlib.import_module("fig_7_8")
+    settings = script.Settings(runs=runs, quick=True)
+    monkeypatch.setattr(script.Settings, "sized", lambda self, **own: dataclasses.replace(self, **QUICK_COMPARISON))
+    script.main(settings)
+    found = Experiment.load(runs / "fig_7_8")
+    assert [chart.y_label for chart in found.charts] == ["PSNR", "SSIM", "CLIP score", "R-precision"]
+    assert list(found.pictures.values()) == ["renders.png"]
+    assert all(records.text(table) in capsys.readouterr().out for table in found.tables[:1])
+    monkeypatch.setattr(script, "compare", None)  # a second one would fail
+    script.main(settings)
+    again = Experiment.load(runs / "fig_7_8")
+    assert (again.tables, again.charts) == (found.tables, found.charts)
 
 
 def test_finished_runs_and_pilots_are_used_again_and_give_the_same_record(runs, capsys, monkeypatch):

@@ -28,9 +28,10 @@ from carv.variance.tables import Tables
 from carv.variance.values import Value
 from carv.world.dataset import load_world
 
-CONFIG = SDSConfig("a chair", steps=12, resolution=8, samples=6, size=16, clip="none")
+CONFIG = SDSConfig("a chair", steps=12, teacher="world", resolution=8, samples=6, size=16, clip="none")
 AUTO = AutoConfig(warm_up=6, renders=7, bins=8, repetitions=6)
-ARGS = ("a chair", "--steps", 12, "--resolution", 8, "--samples", 6, "--size", 16, "--clip", "none")
+SMALL = ("--resolution", 8, "--samples", 6, "--size", 16, "--clip", "none")
+ARGS = ("a chair", "--teacher", "world", "--steps", 12, *SMALL)
 AUTO_ARGS = ("--auto", "--auto-warm-up", 6, "--auto-renders", 7, "--auto-bins", 8, "--auto-repetitions", 6)
 RENDER, DRAW = 1.0, 0.01
 """Seconds."""
@@ -162,7 +163,7 @@ def test_the_same_command_reads_the_choice_and_measures_nothing_again(made, monk
 
 def test_the_command_says_what_it_chose_with_an_interval_and_what_the_choice_cost(made, monkeypatch):
     out, metrics = made
-    monkeypatch.setattr("carv.cli.run", lambda *_, **__: metrics)
+    monkeypatch.setattr("carv.cli.sds_run.run", lambda *_, **__: metrics)
     code, said, err = carv("sds", *ARGS, *AUTO_ARGS, "--auto-budget", 4.5, "--out", out)
     assert code == 0, err
     first, second, *_ = said.splitlines()

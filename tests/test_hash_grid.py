@@ -300,7 +300,7 @@ def test_a_field_learns_an_object_from_its_pictures():
 def small_run(**changes) -> SDSConfig:
     grid = HashGridConfig(levels=4, log2_entries=10, coarsest=4, finest=12, width=8, open_levels=2, open_after=0)
     grid = dataclasses.replace(grid, open_every=2)
-    given = {"steps": 6, "samples": 6, "size": 16, "field": "hash", "hash_grid": grid} | changes
+    given = {"teacher": "world", "steps": 6, "samples": 6, "size": 16, "field": "hash", "hash_grid": grid} | changes
     return SDSConfig("a red chair", EstimatorConfig(renoise=4), **given)
 
 

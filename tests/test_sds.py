@@ -19,11 +19,13 @@ from carv.proposals import proportional
 from carv.rng import stream
 from carv.sampler import TimestepSampler
 from carv.schedule import NoiseSchedule
-from carv.tasks.sds.compare import CompareConfig, time_ratio
+from carv.tasks.sds.compare import CompareConfig
+from carv.tasks.sds.compare_scores import Examiner, reached, speed_up, time_ratio
 from carv.tasks.sds.config import EstimatorConfig, SDSConfig
 from carv.tasks.sds.evaluate import TrueObject
 from carv.tasks.sds.export import write_mesh
 from carv.tasks.sds.field import VoxelField
+from carv.tasks.sds.run import run, summary
 from carv.tasks.sds.task import SDS
 from carv.tasks.sds.train import GradientNoise, Trainer
 from carv.teachers.exact import ExactTeacher
@@ -31,7 +33,7 @@ from carv.world.cameras import WORLD_RANGE
 from carv.world.dataset import load_world
 
 SCHEDULE = NoiseSchedule.scaled_linear()
-SMALL = {"resolution": 8, "samples": 6, "size": 16}
+SMALL = {"teacher": "world", "resolution": 8, "samples": 6, "size": 16}
 
 
 @pytest.fixture(scope="session")
@@ -83,7 +85,8 @@ def test_sds_gradient_is_autograd_through_the_surrogate_loss(teacher):
 
 def test_training_raises_agreement_with_the_true_object(teacher):
     torch.manual_seed(0)
-    config = SDSConfig("a red chair", EstimatorConfig(renoise=8), steps=120, resolution=16, samples=12, size=16)
+    estimator = EstimatorConfig(renoise=8)
+    config = SDSConfig("a red chair", estimator, 120, teacher="world", resolution=16, samples=12, size=16)
     trainer, truth = Trainer(config, teacher), TrueObject("a red chair", views=3, size=32)
     before = truth.agreement(trainer.field)
     for _ in range(config.steps):
@@ -139,6 +142,44 @@ def test_time_to_the_baselines_final_score_is_interpolated_between_snapshots():
     assert time_ratio([0, 10], [1.0, 3.0], [0, 10], [1.0, 2.0]) is None
 
 
+def test_equal_curves_are_no_speed_up_even_where_both_stand_still_at_the_end():
+    times, plateau = [0.0, 5.0, 10.0, 15.0], [0.0, 1.0, 1.0, 1.0]
+    assert time_ratio(times, plateau, times, plateau) == 1.0
+    assert time_ratio(times, [0.5] * 4, times, [0.5] * 4) is None, "there from the start: no time to compare"
+
+
+def test_runs_that_reach_the_baselines_end_at_any_snapshot_are_counted():
+    times = [0.0, 5.0, 10.0]
+    baseline = {"seconds": [times] * 3, "psnr": [[1.0, 2.0, 3.0]] * 3}
+    ours = {"seconds": [times] * 3, "psnr": [[1.0, 3.5, 2.0], [1.0, 2.0, 2.5], [3.0, 3.0, 3.0]]}
+    assert reached(baseline, ours, "psnr") == 2
+    assert speed_up(baseline, ours, "psnr") == [pytest.approx(2.5), None, None]
+
+
+def test_no_two_runs_of_a_comparison_share_their_noise():
+    config = CompareConfig(("a red chair", "a blue car"), seeds=3)
+    assert config.runs == [("a red chair", 0), ("a red chair", 1), ("a red chair", 2)] + [
+        ("a blue car", seed) for seed in (3, 4, 5)
+    ]
+
+
+def test_a_prompt_that_nothing_can_score_is_refused_before_any_training():
+    with pytest.raises(ValueError, match="'a wooden boat' describes no object of carv's world"):
+        Examiner("a wooden boat", exact=False, cameras="world", clip=None)
+    with pytest.raises(ValueError, match="wooden"):
+        Examiner("a wooden boat", exact=True, cameras="world", clip=None)
+
+
+def test_a_prompt_outside_the_worlds_language_ends_in_metrics_too(tmp_path):
+    pytest.importorskip("diffusers")
+    config = SDSConfig("a wooden boat", EstimatorConfig(renoise=1), steps=1, **SMALL | {"teacher": "small"})
+    metrics = run(config, tmp_path, quiet=True)
+    assert metrics["agreement_with_true_object"] is metrics["held_out"] is None
+    assert metrics["clip"]["model"] == "small"
+    assert metrics["clip"]["r_precision"] is None
+    assert summary(metrics, tmp_path).startswith("CLIP score (small) over 8 views, mean and standard deviation: ")
+
+
 def test_an_empty_field_has_no_mesh(tmp_path):
     field = VoxelField(8, 6)
     with torch.no_grad():
@@ -152,6 +193,7 @@ BAD_CONFIGS = [
     (lambda: SDSConfig("a chair", weight="sdss"), "unknown weight 'sdss'; known weights: sds"),
     (lambda: CompareConfig(seeds=1), "at least 2 seeds"),
     (lambda: CompareConfig(seconds=0.0), "seconds must be positive"),
+    (lambda: CompareConfig(("a red chair", "a red chair")), "at least one prompt, and each once"),
 ]
 
 
@@ -179,6 +221,10 @@ def test_carv_sds_writes_a_turntable_a_sheet_a_mesh_and_metrics(cache, tmp_path)
     assert metrics["bias"].startswith("none")
     assert {"carv", "torch", "python", "device"} <= metrics.keys()
     assert metrics["config"]["estimator"]["renoise"] == 2
+    assert metrics["held_out"] is False
+    assert metrics["clip"]["model"] == "small"
+    assert metrics["clip"]["r_precision"].keys() == {"mean", "std_over_views", "hits"}
+    assert (metrics["clip"]["views"], metrics["clip"]["captions"]) == (8, 128)
     if metrics["mesh_faces"]:
         assert len(trimesh.load(out / "mesh.glb", force="mesh").faces) == metrics["mesh_faces"]
     again = carv(cache, *args, "--json")
@@ -189,7 +235,7 @@ def test_carv_sds_writes_a_turntable_a_sheet_a_mesh_and_metrics(cache, tmp_path)
 
 
 def test_an_unknown_word_gets_one_sentence_that_lists_what_the_teacher_knows(cache, tmp_path):
-    done = carv(cache, "sds", "a red dragon", "--out", tmp_path / "x", check=False)
+    done = carv(cache, "sds", "a red dragon", "--teacher", "world", "--out", tmp_path / "x", check=False)
     assert done.returncode == 2
     sentence = done.stderr.splitlines()[-1]
     assert "dragon" in sentence
@@ -200,6 +246,7 @@ def test_an_unknown_word_gets_one_sentence_that_lists_what_the_teacher_knows(cac
 
 def test_a_run_that_is_killed_and_then_interrupted_ends_where_an_unbroken_one_does(cache, tmp_path):
     args = ["--renoise", 2, "--resolution", 8, "--samples", 8, "--size", 32, "--checkpoint-every", 5, "--steps", 60]
+    args += ["--teacher", "world", "--clip", "none"]
     command = [sys.executable, "-m", "carv.cli", "sds", "a blue car", "--out", tmp_path / "broken", *args]
     env = os.environ | {"CARV_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
     checkpoint = tmp_path / "broken" / CHECKPOINT
@@ -221,7 +268,8 @@ def test_a_run_that_is_killed_and_then_interrupted_ends_where_an_unbroken_one_do
 
 def test_a_folder_that_cannot_be_written_is_said_before_any_training(cache, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    done = carv(cache, "sds", "a red chair", "--out", tmp_path / "file" / "x", "--steps", 10_000, check=False)
+    args = ["--out", tmp_path / "file" / "x", "--teacher", "world", "--clip", "none"]
+    done = carv(cache, "sds", "a red chair", *args, check=False)
     assert done.returncode == 2
     assert "Not a directory" in done.stderr
     assert "Traceback" not in done.stderr
@@ -236,6 +284,11 @@ def test_carv_compare_writes_a_figure_and_a_record_with_a_spread(cache, tmp_path
     assert len(record["curves"]) == 2
     for curve in record["curves"].values():
         assert [len(run) for run in curve["psnr"]] == [3, 3]
+    for score in ("psnr", "ssim", "clip_score", "r_precision"):
+        assert all(len(curve[score]) == 2 for curve in record["curves"].values())
+        assert all(final[score]["standard_error"] >= 0 for final in record["final"].values())
+        assert record["reached_baseline_final"][score] in range(3)
+    assert [run["held_out"] for run in record["runs"]] == [False, False]
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
     without = carv(cache, "compare", "a chair", "--out", tmp_path, *args, check=False)
     assert without.returncode == 2

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from carv.checkpoint import RunFolderError
 from carv.cli import main
+from carv.clip import similarities
+from carv.devices import find_device
 from carv.rng import stream
 from carv.training import evaluate, loop
 from carv.training.autoencoder import AutoencoderLoss, build_autoencoder, encode, psnr, standardise
-from carv.training.clip import augment, build_clip, similarities
+from carv.training.clip import augment, build_clip
 from carv.training.config import SIZES, TrainConfig
 from carv.training.data import (
     EMPTY,
@@ -35,7 +37,7 @@ from carv.training.denoiser import Denoiser, DenoiserLoss, build_scheduler, stra
 from carv.training.evaluate import Judge, average, share, view_cells
 from carv.training.loop import Stage, fit, learning_rate, recent_loss
 from carv.training.tokenizer import LENGTH, WORDS, build_tokenizer, byte_pairs, caption_ids
-from carv.training.train import Run, find_device, initialised_from, train
+from carv.training.train import Run, initialised_from, train
 from carv.world.cameras import VIEW_WORDS
 from carv.world.captions import parse_prompt
 from carv.world.dataset import WorldDataset, load_world

@@ -26,9 +26,9 @@ from carv.console import fail
 from carv.problems import ProblemConfig
 from carv.runs.sweep import SweepConfig
 from carv.strict_json import dumps
+from carv.tasks.sds import run as sds_run
 from carv.tasks.sds.compare import CompareConfig, compare, summary
 from carv.tasks.sds.config import SDSConfig
-from carv.tasks.sds.run import run
 from carv.training.config import TrainConfig
 
 Threads = Annotated[int, tyro.conf.arg(help="CPU threads; 0 leaves torch's choice.")]
@@ -68,21 +68,13 @@ def sds(
         config = dataclasses.replace(config, estimator=choice.estimator)
         if not json_only:
             print(auto_command.summary(choice), flush=True)
-    metrics = run(config, out, checkpoint_every, overwrite, quiet=json_only)
+    metrics = sds_run.run(config, out, checkpoint_every, overwrite, quiet=json_only)
     if choice is not None:
         metrics = metrics | {"auto": choice.record}
     if json_only:
         print(json.dumps(metrics))
         return
-    agreement = metrics["agreement_with_true_object"]
-    if agreement is not None:
-        psnr, ssim = agreement["psnr"], agreement["ssim"]
-        print(
-            f"agreement with the true object over 8 held-out views, mean and standard deviation: "
-            f"PSNR {psnr['mean']:.1f} +- {psnr['std_over_views']:.1f} dB, "
-            f"SSIM {ssim['mean']:.2f} +- {ssim['std_over_views']:.2f}"
-        )
-    print(f"wrote {out}/turntable.gif, contact_sheet.png, mesh.glb and metrics.json")
+    print(sds_run.summary(metrics, out))
 
 
 def compare_sds(config: CompareConfig, out: Path, json_only: Json = False, threads: Threads = 0) -> None:

@@ -19,7 +19,6 @@ from carv.training.denoiser import text_config
 
 _SHIFT = 2  # pixels
 _NOISE = 0.1  # the largest standard deviation; pictures are in [-1, 1]
-_AT_ONCE = 128
 
 
 def build_clip(tokenizer: Any, sizes: Sizes) -> Any:
@@ -105,23 +104,6 @@ def augment(images: Float[Tensor, "B 3 S S"], rng: Stream) -> Float[Tensor, "B 3
     half = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
     strength = _NOISE * torch.rand(len(images), 1, 1, 1, generator=generator)
     return torch.where(half, blurred, shifted) + strength * torch.randn(images.shape, generator=generator)
-
-
-@torch.no_grad()
-def similarities(model: Any, images: Float[Tensor, "M 3 S S"], ids: Int[Tensor, "C length"]) -> Float[Tensor, "M C"]:
-    """Cosine of every picture's and every caption's embedding.
-
-    Args:
-        model: a `CLIPModel`.
-        images: in [-1, 1], at the model's size.
-        ids: tokens of the captions.
-    """
-    # The parts and not get_image_features: what that returns has changed between transformers' versions.
-    pooled = [model.vision_model(pixel_values=chunk).pooler_output for chunk in torch.split(images, _AT_ONCE)]
-    seen = functional.normalize(model.visual_projection(torch.cat(pooled)), dim=-1)
-    read = functional.normalize(model.text_projection(model.text_model(input_ids=ids).pooler_output), dim=-1)
-    cosines: Tensor = seen @ read.T
-    return cosines
 
 
 def save_clip(model: Any, tokenizer: Any, sizes: Sizes, folder: Path) -> None:

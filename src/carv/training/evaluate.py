@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from carv.clip import Value as Value  # the card names it here
+from carv.clip import average, clip_score, r_precision, share, similarities
 from carv.extras import require
 from carv.rng import Stream
 from carv.training.autoencoder import psnr
-from carv.training.clip import similarities
 from carv.training.data import HELD_OUT, caption_number, held_out
 from carv.world.cameras import VIEW_WORDS
 from carv.world.captions import Prompt
@@ -23,10 +23,6 @@ from carv.world.dataset import WorldDataset
 from carv.world.shapes import COLOURS, SHAPES
 
 _AT_ONCE = 64
-_NORMAL_95 = 1.959964
-
-Value = dict[str, float | int]
-"""A number with its uncertainty: value, then low and high (95%) or standard_error, and the count behind it."""
 
 
 @dataclass(frozen=True)
@@ -42,26 +38,6 @@ class Sampling:
     steps: int
     guidance_scale: float
     rng: Stream
-
-
-def share(hits: Bool[Tensor, "M"]) -> Value:
-    """The share of hits with Wilson's 95% interval.
-
-    Example:
-        >>> share(torch.tensor([True, True, False, True]))
-        {'value': 0.75, 'low': 0.300..., 'high': 0.954..., 'count': 4}
-    """
-    n, p, z = len(hits), float(hits.double().mean()), _NORMAL_95
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return {"value": p, "low": centre - half, "high": centre + half, "count": n}
-
-
-def average(values: Float[Tensor, "M"], clusters: Int[Tensor, "M"]) -> Value:
-    """The mean with its standard error over clusters: pictures of one object are not independent."""
-    means = torch.stack([values[clusters == one].mean() for one in torch.unique(clusters)]).double()
-    error = float(means.std() / len(means) ** 0.5) if len(means) > 1 else float("nan")
-    return {"value": float(means.mean()), "standard_error": error, "count": len(means)}
 
 
 def load_pipeline(folder: Path, device: torch.device) -> Any:
@@ -118,15 +94,15 @@ class Judge:
         """R-precision among the 128 captions of colour and shape, and the CLIP score.
 
         Args:
-            images: in [-1, 1].
+            images: in [-1, 1], at the model's size: as it was trained on them.
             cells: what each should show: places of its shape, its colour and its view.
         """
         choices = torch.tensor([(s, c, 0) for s in range(len(SHAPES)) for c in range(len(COLOURS))])
         cosine = similarities(self.model, images, self.ids[caption_number(choices[:, 0], choices[:, 1])])
         own = cells[:, 0] * len(COLOURS) + cells[:, 1]
         return {
-            "r_precision_of_128": share(cosine.argmax(dim=1) == own),
-            "clip_score": average(100 * cosine.gather(1, own[:, None])[:, 0], own),
+            "r_precision_of_128": share(r_precision(cosine, own)),
+            "clip_score": average(clip_score(cosine.gather(1, own[:, None])[:, 0]), own),
         }
 
     def views(self, images: Float[Tensor, "M 3 S S"], cells: Int[Tensor, "M 3"]) -> dict[str, Value]:
@@ -137,8 +113,8 @@ class Judge:
         first = own - cells[:, 2]
         of_object = cosine.gather(1, first[:, None] + torch.arange(len(VIEW_WORDS)))
         return {
-            "r_precision_of_512": share(cosine.argmax(dim=1) == own),
-            "view_of_4": share(of_object.argmax(dim=1) == cells[:, 2]),
+            "r_precision_of_512": share(r_precision(cosine, own)),
+            "view_of_4": share(r_precision(of_object, cells[:, 2])),
         }
 
 

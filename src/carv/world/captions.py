@@ -38,6 +38,12 @@ class Prompt:
         return f"{article} {noun}" + ("" if self.view is None else f", {self.view} view")
 
 
+HELD_OUT = (
+    ("torus", "red"), ("cup", "orange"), ("cube", "yellow"), ("rocket", "green"),
+    ("house", "cyan"), ("mushroom", "blue"), ("duck", "purple"), ("car", "pink"),
+)  # fmt: skip
+"""Shape and colour of the objects that carv's small Stable Diffusion never sees in training, each at most once."""
+
 _GRAMMAR = re.compile(
     rf"((a|an|the) )?((?P<colour>{'|'.join(COLOURS)}) )?(?P<shape>{'|'.join(SHAPES)})"
     rf"( (?P<view>{'|'.join(VIEW_WORDS)}) view)?"
@@ -74,6 +80,33 @@ def parse_prompt(text: str) -> Prompt:
             "such as 'a red chair, front view'"
         )
     return Prompt(match["colour"], match["shape"], match["view"])
+
+
+def parse_object(text: str) -> Prompt | None:
+    """The object that a prompt describes, without its view; None if it lacks a colour or a shape, or is of another
+    language.
+
+    Example:
+        >>> parse_object("the red chair, side view"), parse_object("a wooden chair")
+        (Prompt(colour='red', shape='chair', view=None), None)
+    """
+    try:
+        prompt = parse_prompt(text)
+    except ValueError:
+        return None
+    if prompt.colour is None or prompt.shape is None:
+        return None
+    return Prompt(prompt.colour, prompt.shape)
+
+
+def object_captions() -> list[str]:
+    """The caption of each of the world's objects, without a view: the candidates of R-precision.
+
+    Example:
+        >>> len(object_captions()), object_captions()[0]
+        (128, 'a red sphere')
+    """
+    return [str(Prompt(colour, shape)) for shape in SHAPES for colour in COLOURS]
 
 
 def _list(words: Iterable[str]) -> str:

@@ -98,8 +98,8 @@ class SDSConfig:
     """Optimiser steps."""
     seed: int = 0
     """Of all randomness."""
-    teacher: str = "world"
-    """world: the exact denoiser of carv's own pictures; small: carv's own small Stable Diffusion; or a diffusers
+    teacher: str = "small"
+    """small: carv's own small Stable Diffusion; world: the exact denoiser of carv's own pictures; or a diffusers
     pipeline, as a folder or a cached hub id."""
     teacher_dtype: DtypeName = "float32"
     """Of the teacher's denoiser; its autoencoder stays in float32. The exact teacher has no other."""
@@ -109,8 +109,9 @@ class SDSConfig:
     """The CLIP that scores the result: small is carv's own; or a folder or a cached hub id; none for no score."""
     weight: str = "sds"
     """w(t), by name; see carv.weights.WEIGHTS."""
-    guidance_scale: float = 3.0
-    """s of e_u + s (e_c - e_u), as in diffusers; the paper's omega is s - 1."""
+    guidance_scale: float | None = None
+    """s of e_u + s (e_c - e_u), as in diffusers; the paper's omega is s - 1. By default 3 for the teacher world, 5 for
+    others."""
     negative: str = ""
     """A negative prompt; empty is unconditional."""
     bandwidth: float = 0.1
@@ -174,6 +175,13 @@ class SDSConfig:
         if self.field == "voxel":
             return VoxelField(self.resolution, self.samples).to(device)
         return HashGridField(self.hash_grid, self.samples, stream(self.seed, "field")).to(device)
+
+    @property
+    def scale(self) -> float:
+        """The guidance scale s, with its default filled in."""
+        if self.guidance_scale is not None:
+            return self.guidance_scale
+        return 3.0 if self.teacher == "world" else 5.0
 
     @property
     def camera_range(self) -> CameraRange:

@@ -10,7 +10,7 @@ from torch import Tensor
 from carv.extras import require
 from carv.tasks.sds.field import Field
 from carv.world.cameras import held_out_cameras
-from carv.world.captions import parse_prompt
+from carv.world.captions import HELD_OUT, parse_object
 from carv.world.render import render_object
 
 
@@ -45,10 +45,10 @@ class TrueObject:
         self.pictures = render_object(prompt, self.cameras, size)
 
     def render(self, field: Field) -> Tensor:
-        """The field from the same cameras, `[views, 3, size, size]`."""
+        """The field from the same cameras, `[views, 3, size, size]`, on the CPU."""
         with torch.no_grad():
             rgb: Tensor = field(self.cameras, self.size)[0]
-        return rgb
+        return rgb.cpu()
 
     def agreement(self, field: Field) -> Agreement:
         """PSNR and SSIM of the field against the object."""
@@ -63,6 +63,11 @@ class TrueObject:
 
 
 def describes_one_object(prompt: str) -> bool:
-    """Whether a prompt names a colour and a shape, so that there is a true object to compare with."""
-    parsed = parse_prompt(prompt)
-    return parsed.colour is not None and parsed.shape is not None
+    """Whether a prompt names a colour and a shape of the world, so that there is a true object to compare with."""
+    return parse_object(prompt) is not None
+
+
+def held_out(prompt: str) -> bool | None:
+    """Whether carv's small Stable Diffusion never saw the prompt's object in training; None if the world has none."""
+    described = parse_object(prompt)
+    return None if described is None else (described.shape, described.colour) in HELD_OUT

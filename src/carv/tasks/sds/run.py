@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from carv.checkpoint import load_checkpoint, save_checkpoint, write_whole
+from carv.clip import Clip
 from carv.console import Report
 from carv.provenance import provenance
+from carv.tasks.sds.alignment import PromptAlignment, load_clip
 from carv.tasks.sds.config import SDSConfig
-from carv.tasks.sds.evaluate import TrueObject, describes_one_object
+from carv.tasks.sds.evaluate import TrueObject, describes_one_object, held_out
 from carv.tasks.sds.export import render_all, turntable_cameras, write_contact_sheet, write_mesh, write_turntable
 from carv.tasks.sds.train import Trainer, load_teacher
 
@@ -37,13 +39,16 @@ def run(
 
     Raises:
         RunFolderError: the folder holds another run, or a damaged checkpoint.
-        ValueError: bad settings, an unknown word in the prompt, or a teacher output that is not finite.
+        ValueError: bad settings, an unknown word in the prompt, a CLIP that cannot be read, or a teacher output
+            that is not finite.
     """
     if checkpoint_every < 1:
         raise ValueError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
     saved = None if overwrite else load_checkpoint(out, config.to_json())
     with Report(f"carv sds: {config.prompt}", config.steps, quiet) as report:
         trainer = Trainer(config, load_teacher(config, report.say))
+        # Before the work: a CLIP that cannot be read is said at once.
+        clip = load_clip(config.clip, config.teacher, trainer.task.device, report.say)
         if saved is not None:
             trainer.load_state_dict(saved)
             report.say(f"going on from step {trainer.steps_done} in {out}")
@@ -59,7 +64,7 @@ def run(
             if trainer.steps_done > first:
                 save_checkpoint(out, trainer.state_dict(), config.to_json())
         seconds = time.perf_counter() - started
-    return _results(trainer, out, seconds, trainer.steps_done - first)
+    return _results(trainer, clip, out, seconds, trainer.steps_done - first)
 
 
 def _noise(trainer: Trainer) -> str:
@@ -67,7 +72,7 @@ def _noise(trainer: Trainer) -> str:
     return "" if share is None else f"gradient noise {share:.0%}"
 
 
-def _results(trainer: Trainer, out: Path, seconds: float, steps: int) -> dict[str, Any]:
+def _results(trainer: Trainer, clip: Clip | None, out: Path, seconds: float, steps: int) -> dict[str, Any]:
     config, field = trainer.config, trainer.field
     write_turntable(out / "turntable.gif", field)
     rows = [render_all(field, turntable_cameras(8), 128)]
@@ -86,11 +91,52 @@ def _results(trainer: Trainer, out: Path, seconds: float, steps: int) -> dict[st
         "teacher_draws_per_step": config.estimator.renders * config.estimator.renoise,
         "gradient_noise_share": trainer.noise.share,
         "agreement_with_true_object": agreement,
+        "clip": None if clip is None else _clip(clip, trainer),
+        "held_out": held_out(config.prompt),
         "bias": trainer.estimator.policy or "none: every gradient estimate is unbiased",
         "weight": trainer.task.weight.formula,
         "mesh_faces": faces,
         "config": dataclasses.asdict(config),
-        **provenance(),
+        **provenance(trainer.task.device),
     }
     write_whole(out / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())
     return metrics
+
+
+def _clip(clip: Clip, trainer: Trainer) -> dict[str, Any]:
+    config = trainer.config
+    return {"model": config.clip, **PromptAlignment(clip, config.prompt, config.cameras).of(trainer.field).to_dict()}
+
+
+def summary(metrics: dict[str, Any], out: Path) -> str:
+    """The results of a run in a few lines.
+
+    Args:
+        metrics: from `run`.
+        out: the run's folder.
+    """
+    lines = []
+    if (agreement := metrics["agreement_with_true_object"]) is not None:
+        psnr, ssim = agreement["psnr"], agreement["ssim"]
+        lines.append(
+            f"agreement with the true object over 8 held-out views, mean and standard deviation: "
+            f"PSNR {psnr['mean']:.1f} +- {psnr['std_over_views']:.1f} dB, "
+            f"SSIM {ssim['mean']:.2f} +- {ssim['std_over_views']:.2f}"
+        )
+    lines.append("no CLIP score" if metrics["clip"] is None else _clip_line(metrics["clip"]))
+    lines.append(f"wrote {out}/turntable.gif, contact_sheet.png, mesh.glb and metrics.json")
+    return "\n".join(lines)
+
+
+def _clip_line(clip: dict[str, Any]) -> str:
+    score, found = clip["score"], clip["r_precision"]
+    line = (
+        f"CLIP score ({clip['model']}) over {clip['views']} views, mean and standard deviation: "
+        f"{score['mean']:.1f} +- {score['std_over_views']:.1f}"
+    )
+    if found is None:
+        return line
+    return (
+        f"{line}; the prompt's caption is the best of {clip['captions']} for {found['hits']} of them, "
+        f"and on average {clip['chosen']!r} is"
+    )

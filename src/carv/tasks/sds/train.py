@@ -116,7 +116,7 @@ class Trainer:
             self.field,
             config.prompt,
             weight,
-            config.guidance_scale,
+            config.scale,
             config.camera_range,
             config.size,
             encode=getattr(teacher, "encode", None),

@@ -1,0 +1,114 @@
+"""A CLIPModel's folder, read as data: JSON and safetensors. Nothing is fetched unless asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from carv.extras import require
+from carv.teachers.diffusers.weights import check_shards, choose_weights
+
+# Where a config.json has these, transformers loads something else than the weights beside it, or runs code.
+_REDIRECTIONS = ("transformers_weights", "quantization_config", "attn_implementation", "_attn_implementation")
+# Without one of these, a tokenizer would be made with an empty vocabulary and no complaint.
+_VOCABULARIES = ("tokenizer.json", "vocab.json")
+
+
+def locate(path_or_id: str | Path, download: bool, revision: str | None) -> Path:
+    """The folder at a path, or of a hub id.
+
+    Args:
+        path_or_id: a folder, or "owner/name" on the hub.
+        download: fetch what the local cache lacks; otherwise only the cache is looked at.
+        revision: the hub's branch, tag or commit.
+
+    Raises:
+        ValueError: there is no such folder, and nothing in the cache or on the hub; no safetensors on the hub.
+    """
+    if Path(path_or_id).is_dir():
+        return Path(path_or_id)
+    name = str(path_or_id)
+    if name.count("/") != 1 or name.startswith(("/", ".", "~")):
+        raise ValueError(f"{name} is not a folder with a CLIP, nor a hub id of the form owner/name")
+    hub = require("huggingface_hub", "diffusers")
+    if not download:
+        missing = f"{name} is neither a folder nor in the local cache; fetch it first, with download=True"
+        return Path(_ask(missing, hub.snapshot_download, name, revision=revision, local_files_only=True))
+    failed = f"{name} could not be fetched from the hub"
+    files = _ask(failed, hub.HfApi().list_repo_files, name, revision=revision)
+    data = [file for file in files if "/" not in file and file.endswith((".json", ".txt")) and ".index." not in file]
+    wanted = [*data, *choose_weights(files, None, name).names]
+    return Path(_ask(failed, hub.snapshot_download, name, revision=revision, allow_patterns=wanted))
+
+
+def load_model(folder: Path) -> Any:
+    """The `CLIPModel` of a folder in float32, in evaluation mode, frozen, on the CPU.
+
+    Raises:
+        ValueError: no CLIP is there; pickles only; weights that are damaged, incomplete, or not its config.json's.
+    """
+    config = _read_config(folder)
+    for part in (config, config.get("text_config"), config.get("vision_config")):
+        for key in _REDIRECTIONS:
+            if isinstance(part, dict) and part.get(key) is not None:
+                raise ValueError(f"{folder}/config.json sets {key}; carv reads plain, unquantised weights")
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(f"{folder} is an adapter to another model: merge it into the model's own weights")
+    choose_weights([file.name for file in folder.iterdir()], None, str(folder))
+    check_shards(folder)
+    options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+    model, report = _load("CLIPModel", folder, options)
+    if absent := sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"])):
+        # transformers fills the gap with random numbers, and goes on.
+        raise ValueError(
+            f"the weights in {folder} are not those of its config.json: {len(absent)} tensors of the CLIPModel "
+            f"are missing or of another shape, first {absent[0]}"
+        )
+    return model.eval().requires_grad_(False)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The `CLIPTokenizer` of a folder.
+
+    Raises:
+        ValueError: it has no vocabulary, or a damaged one.
+    """
+    if not any((folder / file).is_file() for file in _VOCABULARIES):
+        raise ValueError(f"{folder} has no vocabulary: {' or '.join(_VOCABULARIES)} must be there")
+    return _load("CLIPTokenizer", folder, {})
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        inside = f"; there is one in {folder / 'clip'}" if (folder / "clip" / "config.json").is_file() else ""
+        raise ValueError(f"{folder} is not a CLIP: it has no config.json{inside}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict) or config.get("model_type") != "clip":
+        kind = config.get("model_type") if isinstance(config, dict) else None
+        raise ValueError(f"{folder} is not a CLIP: the model_type of its config.json is {kind!r}, not 'clip'")
+    return config
+
+
+def _load(name: str, folder: Path, options: dict[str, Any]) -> Any:
+    cls = getattr(require("transformers", "diffusers"), name)
+    try:
+        return cls.from_pretrained(str(folder), local_files_only=True, **options)
+    except Exception as error:  # a damaged file fails anywhere in the library, in many ways
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = lines[0].split(". ")[0].rstrip(".")
+        raise ValueError(f"{folder} cannot be loaded as a {name}: {reason}") from error
+
+
+def _ask(failed: str, request: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    try:
+        return request(*arguments, **options)
+    except Exception as error:  # no network, no permission, no such name: the hub's errors have no common base
+        raise ValueError(f"{failed} ({type(error).__name__})") from error

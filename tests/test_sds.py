@@ -276,7 +276,7 @@ def test_a_folder_that_cannot_be_written_is_said_before_any_training(cache, tmp_
 
 
 def test_carv_compare_writes_a_figure_and_a_record_with_a_spread(cache, tmp_path):
-    args = ["--seconds", 1, "--seeds", 2, "--snapshots", 3, "--renoise", 2]
+    args = ["--seconds", 1, "--seeds", 2, "--snapshots", 3, "--renoise", 2, "--teacher", "world", "--field", "voxel"]
     done = carv(cache, "compare", "a green mushroom", "--out", tmp_path, *args)
     assert "+-" in done.stdout
     assert "sooner" in done.stdout or "runs" in done.stdout

@@ -35,18 +35,18 @@ _SLICE = 0.5
 class CompareConfig:
     """Standard SDS, (R, K) = (4, 1) uniform iid, and carv's (1, K), each given the same seconds of training."""
 
-    prompts: Annotated[tuple[str, ...], tyro.conf.Positional] = ("a red chair",)
+    prompts: Annotated[tuple[str, ...], tyro.conf.Positional] = ("a red chair", "a yellow duck")
     """What to make, one or several. The exact teacher needs a colour and a shape of carv's world in each."""
-    seconds: float = 30.0
+    seconds: float = 45.0
     """Training time for each run."""
-    seeds: int = 4
+    seeds: int = 2
     """Runs of each method for each prompt; at least 2, for a spread."""
     renoise: int = 16
     """carv's K."""
-    snapshots: int = 16
+    snapshots: int = 10
     """How often the scores are measured during a run (not counted as training time)."""
-    teacher: str = "world"
-    """world: the exact denoiser of carv's own pictures; small: carv's own small Stable Diffusion; or a diffusers
+    teacher: str = "small"
+    """small: carv's own small Stable Diffusion; world: the exact denoiser of carv's own pictures; or a diffusers
     pipeline, as a folder or a cached hub id."""
     teacher_dtype: DtypeName = "float32"
     """Of the teacher's denoiser; its autoencoder stays in float32. The exact teacher has no other."""
@@ -57,7 +57,7 @@ class CompareConfig:
     others."""
     cameras: CameraName = "world"
     """What cameras are drawn from: those of the world's pictures, or the paper's (App. D.1.1)."""
-    field: FieldName = "voxel"
+    field: FieldName = "hash"
     """What is optimised: a voxel grid, or an Instant-NGP style hash grid under small networks."""
     device: DeviceName = "cpu"
     """Where everything runs."""

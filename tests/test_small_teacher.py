@@ -1,5 +1,6 @@
 """The small Stable Diffusion that ships with the package: it is there, it is what its card says, and it teaches."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from carv.clip import Clip
 from carv.rng import stream
 from carv.tasks.sds.config import EstimatorConfig, SDSConfig
+from carv.tasks.sds.run import run
 from carv.tasks.sds.train import Trainer, load_teacher
 from carv.teachers import small
 from carv.training.evaluate import Sampling, load_pipeline, sample
@@ -54,6 +56,23 @@ def test_it_is_the_default_teacher_of_a_text_to_3d_run_in_either_precision(dtype
     estimate = trainer.step()
     assert estimate.f_mean.shape == (1, 4, 16, 16)
     assert not torch.equal(trainer.field.density, before)
+
+
+def test_loading_prints_nothing_that_is_not_carvs_and_leaves_the_bars_of_others_on(capfd: Any) -> None:
+    logging = pytest.importorskip("transformers.utils.logging")
+    shown = logging.is_progress_bar_enabled()
+    load_teacher(SDSConfig(PROMPTS[0]))
+    Clip.from_pretrained(small.small_clip())
+    assert "Loading" not in capfd.readouterr().err
+    assert logging.is_progress_bar_enabled() == shown
+
+
+def test_another_judge_scores_a_finished_run_without_training_again(tmp_path: Path) -> None:
+    config = SDSConfig(PROMPTS[0], EstimatorConfig(renoise=1), steps=1, resolution=8, samples=4, clip="none")
+    assert run(config, tmp_path, quiet=True)["clip"] is None
+    again = run(dataclasses.replace(config, clip="small"), tmp_path, quiet=True)
+    assert again["clip"]["captions"] == 128
+    assert again["seconds_per_step"] is None
 
 
 def test_the_exact_teacher_has_one_precision() -> None:

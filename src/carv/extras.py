@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+from collections.abc import Iterator
 from types import ModuleType
 
 
@@ -22,3 +24,16 @@ def require(module: str, extra: str) -> ModuleType:
         raise ImportError(
             f"this needs the package {module.split('.')[0]!r}; install it with: pip install 'carv[{extra}]'"
         ) from error
+
+
+@contextlib.contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """transformers' bars for loading weights, off inside: carv prints its own lines, and with --json none."""
+    logging = require("transformers.utils.logging", "diffusers")
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

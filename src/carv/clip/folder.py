@@ -9,11 +9,9 @@ from typing import Any
 
 import torch
 
-from carv.extras import require
-from carv.teachers.diffusers.weights import check_shards, choose_weights
+from carv.extras import require, without_progress_bars
+from carv.teachers.diffusers.weights import REDIRECTIONS, check_shards, choose_weights
 
-# Where a config.json has these, transformers loads something else than the weights beside it, or runs code.
-_REDIRECTIONS = ("transformers_weights", "quantization_config", "attn_implementation", "_attn_implementation")
 # Without one of these, a tokenizer would be made with an empty vocabulary and no complaint.
 _VOCABULARIES = ("tokenizer.json", "vocab.json")
 
@@ -53,7 +51,7 @@ def load_model(folder: Path) -> Any:
     """
     config = _read_config(folder)
     for part in (config, config.get("text_config"), config.get("vision_config")):
-        for key in _REDIRECTIONS:
+        for key in REDIRECTIONS:
             if isinstance(part, dict) and part.get(key) is not None:
                 raise ValueError(f"{folder}/config.json sets {key}; carv reads plain, unquantised weights")
     if (folder / "adapter_config.json").is_file():
@@ -100,7 +98,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _load(name: str, folder: Path, options: dict[str, Any]) -> Any:
     cls = getattr(require("transformers", "diffusers"), name)
     try:
-        return cls.from_pretrained(str(folder), local_files_only=True, **options)
+        with without_progress_bars():
+            return cls.from_pretrained(str(folder), local_files_only=True, **options)
     except Exception as error:  # a damaged file fails anywhere in the library, in many ways
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = lines[0].split(". ")[0].rstrip(".")

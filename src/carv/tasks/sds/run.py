@@ -44,7 +44,8 @@ def run(
     """
     if checkpoint_every < 1:
         raise ValueError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
-    saved = None if overwrite else load_checkpoint(out, config.to_json())
+    own = dataclasses.replace(config, clip=SDSConfig.clip).to_json()  # the judge is no part of what a run is
+    saved = None if overwrite else load_checkpoint(out, own)
     with Report(f"carv sds: {config.prompt}", config.steps, quiet) as report:
         trainer = Trainer(config, load_teacher(config, report.say))
         # Before the work: a CLIP that cannot be read is said at once.
@@ -59,10 +60,10 @@ def run(
                 trainer.step()
                 report.update(trainer.steps_done, _noise(trainer))
                 if trainer.steps_done % checkpoint_every == 0:
-                    save_checkpoint(out, trainer.state_dict(), config.to_json())
+                    save_checkpoint(out, trainer.state_dict(), own)
         finally:  # also on Ctrl-C: nothing is lost then
             if trainer.steps_done > first:
-                save_checkpoint(out, trainer.state_dict(), config.to_json())
+                save_checkpoint(out, trainer.state_dict(), own)
         seconds = time.perf_counter() - started
     return _results(trainer, clip, out, seconds, trainer.steps_done - first)
 

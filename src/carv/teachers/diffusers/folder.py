@@ -11,13 +11,11 @@ from typing import Any
 
 import torch
 
-from carv.extras import require
+from carv.extras import require, without_progress_bars
 from carv.teachers.diffusers.hub import INDEX, LIBRARIES, locate
-from carv.teachers.diffusers.weights import check_shards, choose_weights
+from carv.teachers.diffusers.weights import REDIRECTIONS, check_shards, choose_weights
 
 _RENAMED = {"Transformer2DModel": "DiTTransformer2DModel"}
-# Where a component's config.json has these, the libraries load something else than the weights beside it.
-_REDIRECTIONS = ("transformers_weights", "quantization_config", "attn_implementation", "_attn_implementation")
 # Without one of these, a tokenizer would be made with an empty vocabulary and no complaint.
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
 
@@ -121,7 +119,7 @@ class PipelineFolder:
         where = self.path / component
         if (where / "adapter_config.json").is_file():
             raise ValueError(f"{where} is an adapter to another model: merge it into the model's own weights")
-        for key in _REDIRECTIONS:
+        for key in REDIRECTIONS:
             if config.get(key) is not None:
                 raise ValueError(f"{where}/config.json sets {key}; carv reads plain, unquantised weights")
 
@@ -129,7 +127,8 @@ class PipelineFolder:
         require(LIBRARIES[name], "diffusers")
         cls = getattr(importlib.import_module(LIBRARIES[name]), _RENAMED.get(name, name))
         try:
-            return cls.from_pretrained(str(self.path / component), local_files_only=True, **options)
+            with without_progress_bars():
+                return cls.from_pretrained(str(self.path / component), local_files_only=True, **options)
         except Exception as error:  # a damaged file fails anywhere in the two libraries, in many ways
             lines = str(error).strip().splitlines() or [type(error).__name__]
             reason = lines[0].split(". ")[0].rstrip(".")  # what follows is advice on options that carv does not have

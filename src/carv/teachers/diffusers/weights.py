@@ -10,6 +10,9 @@ from pathlib import Path
 
 # diffusers' and transformers' names.
 _STEMS = ("diffusion_pytorch_model", "model")
+REDIRECTIONS = ("transformers_weights", "quantization_config", "attn_implementation", "_attn_implementation")
+"""Where a component's config.json has these, the libraries load something else than the weights beside it."""
+
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack", ".h5")
 
 

@@ -14,6 +14,7 @@ from carv.tasks.sds.config import EstimatorConfig, SDSConfig
 from carv.tasks.sds.run import run
 from carv.tasks.sds.train import Trainer, load_teacher
 from carv.teachers import small
+from carv.training.card import model_card
 from carv.training.evaluate import Sampling, load_pipeline, sample
 from carv.training.tokenizer import build_tokenizer
 from carv.world.captions import Prompt
@@ -26,6 +27,11 @@ def test_the_package_holds_the_pipeline_as_data_and_no_pickles() -> None:
     files = [path for path in small.small_pipeline().rglob("*") if path.is_file()]
     assert {path.suffix for path in files} == {".json", ".safetensors", ".md"}
     assert sum(path.stat().st_size for path in files) < 15e6
+
+
+def test_its_card_is_made_from_its_measured_quality() -> None:
+    facts = json.loads((small.small_pipeline() / "quality.json").read_text())
+    assert (small.small_pipeline() / "README.md").read_text() == model_card(facts)
 
 
 def test_a_package_without_its_data_says_how_to_get_a_teacher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -58,8 +58,8 @@ Machine: {machine}, torch {torch}. The same steps again, whatever the clock says
 
 Measured on this folder's files (weights in float16, computed in float32): DDIM, {sampling} steps, guidance {scale:g}.
 R-precision is the share of samples whose own caption ranks first among all captions of its kind. 95% intervals
-in brackets; the CLIP score and PSNR have standard errors over objects. "True renders" are pictures from unseen
-cameras: what the judge makes of them bounds what samples can reach.
+in brackets, as if pictures were independent; the CLIP score and PSNR have standard errors over objects. "True renders"
+are pictures from unseen cameras, 8 of each object: what the judge makes of them bounds what samples can reach.
 
 | | trained objects | held-out objects | true renders |
 |---|---|---|---|

@@ -17,7 +17,7 @@ $(VENV)/.develops: $(VENV)/.runs
 	$(INSTALL) -e '.[dev]'
 	touch $@
 
-# Two prompts by two methods, standard SDS and carv, at the same wall-clock time. About 7 minutes after the set-up.
+# Two prompts by two methods, standard SDS and carv, at the same wall-clock time. About 6 minutes after the set-up.
 demo: $(VENV)/.runs
 	$(BIN)/carv compare --out demo
 

@@ -28,9 +28,9 @@ from carv.variance.tables import Tables
 from carv.variance.values import Value
 from carv.world.dataset import load_world
 
-CONFIG = SDSConfig("a chair", steps=12, teacher="world", resolution=8, samples=6, size=16, clip="none")
+CONFIG = SDSConfig("a chair", steps=12, teacher="world", field="voxel", resolution=8, samples=6, size=16, clip="none")
 AUTO = AutoConfig(warm_up=6, renders=7, bins=8, repetitions=6)
-SMALL = ("--resolution", 8, "--samples", 6, "--size", 16, "--clip", "none")
+SMALL = ("--field", "voxel", "--resolution", 8, "--samples", 6, "--size", 16, "--clip", "none")
 ARGS = ("a chair", "--teacher", "world", "--steps", 12, *SMALL)
 AUTO_ARGS = ("--auto", "--auto-warm-up", 6, "--auto-renders", 7, "--auto-bins", 8, "--auto-repetitions", 6)
 RENDER, DRAW = 1.0, 0.01
@@ -133,7 +133,7 @@ def test_a_run_that_auto_chose_is_bit_for_bit_the_run_with_these_options_from_st
     out, metrics = made
     tensors, described = read_checkpoint(out)
     config = dataclasses.replace(CONFIG, estimator=EstimatorConfig(**metrics["config"]["estimator"]))
-    assert described == config.to_json()
+    assert described == dataclasses.replace(config, clip=SDSConfig.clip).to_json()  # the judge is no part of a run
     trainer = Trainer(config, load_teacher(config))
     for _ in range(config.steps):
         trainer.step()

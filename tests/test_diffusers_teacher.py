@@ -628,7 +628,7 @@ def test_text_to_3d_takes_a_pipeline_and_its_encoder(teachers: Callable[[str], D
 
 
 def test_a_text_to_3d_run_names_its_teacher_by_its_folder(folders: Callable[[str], Path]) -> None:
-    config = SDSConfig("a", teacher=str(folders("sd")), size=12, resolution=8, samples=4)
+    config = SDSConfig("a", teacher=str(folders("sd")), size=12, field="voxel", resolution=8, samples=4)
     trainer = Trainer(config, load_teacher(config))
     before = trainer.field.density.detach().clone()
     trainer.step()
@@ -643,7 +643,7 @@ def test_a_text_to_3d_run_takes_a_flow_matching_teacher_whose_t_is_continuous(
     proposal: Any, folders: Callable[[str], Path]
 ) -> None:
     estimator = EstimatorConfig(renoise=4, proposal=proposal)
-    config = SDSConfig("a", estimator, teacher=str(folders("sd3")), size=12, resolution=8, samples=4)
+    config = SDSConfig("a", estimator, teacher=str(folders("sd3")), size=12, field="voxel", resolution=8, samples=4)
     trainer = Trainer(config, load_teacher(config))
     before = trainer.field.density.detach().clone()
     trainer.step()

@@ -101,7 +101,7 @@ def test_settings_survive_json_and_name_only_what_the_task_has(tmp_path):
 
 
 def test_sds_is_measured_at_the_checkpoint_of_a_run(tmp_path):
-    config = SDSConfig("a red chair", teacher="world", size=16, resolution=8, samples=4)
+    config = SDSConfig("a red chair", teacher="world", field="voxel", size=16, resolution=8, samples=4)
     trainer = Trainer(config, world_teacher(config))
     trainer.step()
     save_checkpoint(tmp_path, trainer.state_dict(), config.to_json())

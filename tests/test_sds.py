@@ -33,7 +33,7 @@ from carv.world.cameras import WORLD_RANGE
 from carv.world.dataset import load_world
 
 SCHEDULE = NoiseSchedule.scaled_linear()
-SMALL = {"teacher": "world", "resolution": 8, "samples": 6, "size": 16}
+SMALL = {"teacher": "world", "field": "voxel", "resolution": 8, "samples": 6, "size": 16}
 
 
 @pytest.fixture(scope="session")
@@ -86,7 +86,9 @@ def test_sds_gradient_is_autograd_through_the_surrogate_loss(teacher):
 def test_training_raises_agreement_with_the_true_object(teacher):
     torch.manual_seed(0)
     estimator = EstimatorConfig(renoise=8)
-    config = SDSConfig("a red chair", estimator, 120, teacher="world", resolution=16, samples=12, size=16)
+    config = SDSConfig(
+        "a red chair", estimator, 120, teacher="world", field="voxel", resolution=16, samples=12, size=16
+    )
     trainer, truth = Trainer(config, teacher), TrueObject("a red chair", views=3, size=32)
     before = truth.agreement(trainer.field)
     for _ in range(config.steps):
@@ -212,6 +214,7 @@ def test_carv_sds_writes_a_turntable_a_sheet_a_mesh_and_metrics(cache, tmp_path)
 
     out = tmp_path / "chair"
     args = ["sds", "a red chair", "--out", out, "--steps", 12, "--renoise", 2, "--resolution", 12, "--samples", 12]
+    args += ["--field", "voxel"]
     done = carv(cache, *args)
     assert "PSNR" in done.stdout
     assert len(imageio.imread(out / "turntable.gif", index=None)) == 36
@@ -246,7 +249,7 @@ def test_an_unknown_word_gets_one_sentence_that_lists_what_the_teacher_knows(cac
 
 def test_a_run_that_is_killed_and_then_interrupted_ends_where_an_unbroken_one_does(cache, tmp_path):
     args = ["--renoise", 2, "--resolution", 8, "--samples", 8, "--size", 32, "--checkpoint-every", 5, "--steps", 60]
-    args += ["--teacher", "world", "--clip", "none"]
+    args += ["--teacher", "world", "--field", "voxel", "--clip", "none"]
     command = [sys.executable, "-m", "carv.cli", "sds", "a blue car", "--out", tmp_path / "broken", *args]
     env = os.environ | {"CARV_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
     checkpoint = tmp_path / "broken" / CHECKPOINT

@@ -56,12 +56,12 @@ def test_its_samples_show_what_was_asked_for_also_where_that_was_held_out() -> N
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_it_is_the_default_teacher_of_a_text_to_3d_run_in_either_precision(dtype: Any) -> None:
-    config = SDSConfig(PROMPTS[0], EstimatorConfig(renoise=2), resolution=8, samples=4, teacher_dtype=dtype)
+    config = SDSConfig(PROMPTS[0], EstimatorConfig(renoise=2), samples=4, teacher_dtype=dtype)
     trainer = Trainer(config, load_teacher(config))
-    before = trainer.field.density.detach().clone()
+    before = [parameter.detach().clone() for parameter in trainer.task.parameters]
     estimate = trainer.step()
     assert estimate.f_mean.shape == (1, 4, 16, 16)
-    assert not torch.equal(trainer.field.density, before)
+    assert not all(map(torch.equal, trainer.task.parameters, before))
 
 
 def test_loading_prints_nothing_that_is_not_carvs_and_leaves_the_bars_of_others_on(capfd: Any) -> None:
@@ -74,7 +74,9 @@ def test_loading_prints_nothing_that_is_not_carvs_and_leaves_the_bars_of_others_
 
 
 def test_another_judge_scores_a_finished_run_without_training_again(tmp_path: Path) -> None:
-    config = SDSConfig(PROMPTS[0], EstimatorConfig(renoise=1), steps=1, resolution=8, samples=4, clip="none")
+    config = SDSConfig(
+        PROMPTS[0], EstimatorConfig(renoise=1), steps=1, field="voxel", resolution=8, samples=4, clip="none"
+    )
     assert run(config, tmp_path, quiet=True)["clip"] is None
     again = run(dataclasses.replace(config, clip="small"), tmp_path, quiet=True)
     assert again["clip"]["captions"] == 128

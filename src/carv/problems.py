@@ -192,6 +192,7 @@ def _sds(config: ProblemConfig, say: Callable[[str], None] | None) -> Problem:
         settings = SDSConfig(
             config.prompt,
             teacher=config.teacher,
+            field="voxel",
             resolution=config.resolution,
             final_rate=1.0,
             stratify_azimuth=False,

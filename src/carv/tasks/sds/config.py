@@ -120,8 +120,8 @@ class SDSConfig:
     """Pixels along each side of a render."""
     cameras: CameraName = "world"
     """What cameras are drawn from: those of the world's pictures, or the paper's (App. D.1.1)."""
-    field: FieldName = "voxel"
-    """What is optimised: a voxel grid, or an Instant-NGP style hash grid under small networks."""
+    field: FieldName = "hash"
+    """What is optimised: an Instant-NGP style hash grid under small networks, or a voxel grid."""
     hash_grid: HashGridConfig = dataclasses.field(default_factory=HashGridConfig)
     """The hash grid's settings."""
     resolution: int = 48
@@ -165,7 +165,8 @@ class SDSConfig:
                 "estimator": EstimatorConfig(**given["estimator"]),
                 "hash_grid": HashGridConfig(**given.get("hash_grid", {})),
             }
-            return cls(**{**given, **nested})
+            before = {"field": "voxel", "teacher": "world"}  # when there was nothing else
+            return cls(**{**before, **given, **nested})
         except (TypeError, KeyError) as error:
             raise ValueError(f"these are not the settings of a text-to-3D run of this version: {error}") from error
 

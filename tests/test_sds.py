@@ -213,8 +213,8 @@ def test_carv_sds_writes_a_turntable_a_sheet_a_mesh_and_metrics(cache, tmp_path)
     import trimesh
 
     out = tmp_path / "chair"
-    args = ["sds", "a red chair", "--out", out, "--steps", 12, "--renoise", 2, "--resolution", 12, "--samples", 12]
-    args += ["--field", "voxel"]
+    args = ["sds", "a red chair", "--out", out, "--steps", 12, "--renoise", 2, "--field", "voxel"]
+    args += ["--resolution", 12, "--samples", 12]
     done = carv(cache, *args)
     assert "PSNR" in done.stdout
     assert len(imageio.imread(out / "turntable.gif", index=None)) == 36

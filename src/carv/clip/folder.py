@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from carv import hub
 from carv.extras import require, without_progress_bars
 from carv.teachers.diffusers.weights import REDIRECTIONS, check_shards, choose_weights
 
@@ -27,20 +27,13 @@ def locate(path_or_id: str | Path, download: bool, revision: str | None) -> Path
     Raises:
         ValueError: there is no such folder, and nothing in the cache or on the hub; no safetensors on the hub.
     """
-    if Path(path_or_id).is_dir():
-        return Path(path_or_id)
-    name = str(path_or_id)
-    if name.count("/") != 1 or name.startswith(("/", ".", "~")):
-        raise ValueError(f"{name} is not a folder with a CLIP, nor a hub id of the form owner/name")
-    hub = require("huggingface_hub", "diffusers")
-    if not download:
-        missing = f"{name} is neither a folder nor in the local cache; fetch it first, with download=True"
-        return Path(_ask(missing, hub.snapshot_download, name, revision=revision, local_files_only=True))
-    failed = f"{name} could not be fetched from the hub"
-    files = _ask(failed, hub.HfApi().list_repo_files, name, revision=revision)
-    data = [file for file in files if "/" not in file and file.endswith((".json", ".txt")) and ".index." not in file]
-    wanted = [*data, *choose_weights(files, None, name).names]
-    return Path(_ask(failed, hub.snapshot_download, name, revision=revision, allow_patterns=wanted))
+
+    def wanted(name: str, files: list[str]) -> list[str]:
+        kinds = (".json", ".txt")
+        data = [file for file in files if "/" not in file and file.endswith(kinds) and ".index." not in file]
+        return [*data, *choose_weights(files, None, name).names]
+
+    return hub.locate(path_or_id, download, revision, wanted)
 
 
 def load_model(folder: Path) -> Any:
@@ -104,10 +97,3 @@ def _load(name: str, folder: Path, options: dict[str, Any]) -> Any:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = lines[0].split(". ")[0].rstrip(".")
         raise ValueError(f"{folder} cannot be loaded as a {name}: {reason}") from error
-
-
-def _ask(failed: str, request: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    try:
-        return request(*arguments, **options)
-    except Exception as error:  # no network, no permission, no such name: the hub's errors have no common base
-        raise ValueError(f"{failed} ({type(error).__name__})") from error

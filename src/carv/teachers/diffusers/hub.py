@@ -1,13 +1,12 @@
-"""From a path or a hub id to a folder on disk. Nothing is fetched unless asked for."""
+"""Where a pipeline lies, and which of its files a teacher needs."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from carv.extras import require
+from carv import hub
 from carv.teachers.diffusers.weights import choose_weights
 
 INDEX = "model_index.json"
@@ -45,29 +44,14 @@ def locate(path_or_id: str | Path, download: bool, revision: str | None, variant
     Raises:
         ValueError: there is no such folder, and nothing in the cache or on the hub.
     """
-    if Path(path_or_id).is_dir():
-        return Path(path_or_id)
-    name = str(path_or_id)
-    if name.count("/") != 1 or name.startswith(("/", ".", "~")):
-        raise ValueError(f"{name} is not a folder, nor a hub id of the form owner/name")
-    hub = require("huggingface_hub", "diffusers")
-    if not download:
-        missing = f"{name} is neither a folder nor in the local cache; pass download=True to fetch it from the hub"
-        return Path(_ask(missing, hub.snapshot_download, name, revision=revision, local_files_only=True))
-    failed = f"{name} could not be fetched from the hub"
-    files = _ask(failed, hub.HfApi().list_repo_files, name, revision=revision)
-    if INDEX not in files:
-        raise ValueError(f"{name} on the hub is not a diffusers pipeline: it has no {INDEX}")
-    index = Path(_ask(failed, hub.hf_hub_download, name, INDEX, revision=revision))
-    wanted = needed_files(files, json.loads(index.read_text(encoding="utf-8")), variant, name)
-    return Path(_ask(failed, hub.snapshot_download, name, revision=revision, allow_patterns=wanted))
 
+    def wanted(name: str, files: list[str]) -> list[str]:
+        if INDEX not in files:
+            raise ValueError(f"{name} on the hub is not a diffusers pipeline: it has no {INDEX}")
+        index = json.loads(hub.fetch(name, INDEX, revision).read_text(encoding="utf-8"))
+        return needed_files(files, index, variant, name)
 
-def _ask(failed: str, request: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    try:
-        return request(*arguments, **options)
-    except Exception as error:  # no network, no permission, no such name: the hub's errors have no common base
-        raise ValueError(f"{failed} ({type(error).__name__})") from error
+    return hub.locate(path_or_id, download, revision, wanted)
 
 
 def needed_files(files: list[str], index: dict[str, Any], variant: str | None, name: str) -> list[str]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor
 
 from carv.rng import stream
 from carv.tasks.sds.field import VoxelField, opacity_entropy, opacity_sparsity
+from carv.tasks.sds.volume import _absorb
 from carv.world.cameras import Cameras, held_out_cameras
 from carv.world.render import BACKGROUND, render_object
 
@@ -193,3 +196,17 @@ def test_a_field_learns_an_object_from_its_pictures() -> None:
     with torch.no_grad():
         error = (field(held_out, 20)[0] - expected).square().mean()
     assert -10 * error.log10() > 20
+
+
+def test_compositing_is_that_of_nerfacc() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nerfacc's own, at import
+        from nerfacc.volrend import render_weight_from_density
+    generator = torch.Generator().manual_seed(0)
+    step = 0.01 + 0.1 * torch.rand(50, generator=generator, dtype=torch.float64)
+    density = 30 * torch.rand(50, 16, generator=generator, dtype=torch.float64)
+    depth = torch.arange(17) * step[:, None]
+    weights, passed = _absorb(step, density)
+    theirs, _, _ = render_weight_from_density(depth[:, :-1], depth[:, 1:], density)
+    torch.testing.assert_close(weights, theirs, rtol=0, atol=1e-12)
+    torch.testing.assert_close(passed, 1 - theirs.sum(dim=1), rtol=0, atol=1e-12)

@@ -25,6 +25,8 @@ class Volume(nn.Module, ABC):
     Every sample counts. Leaving out those that look empty would be faster, but the density there would get no
     gradient, so that nothing could grow in empty space: a bias.
 
+    nerfacc's dense rendering is the same arithmetic, and the tests' reference; its faster modes need CUDA.
+
     Attributes:
         background: [3] the colour behind everything.
     """

@@ -106,10 +106,10 @@ def finals(found: Mapping[str, Any]) -> Table:
     """Scores at the end of training."""
     scores = found["scores"]
     return Table(
-        "Scores at the end of training",
+        "Scores at the end of training (one without an error was the same in every run)",
         tuple(SCORES[score].label + SCORES[score].unit for score in scores),
         {
-            name: tuple(Figure(ends[score]["value"], ends[score]["standard_error"]) for score in scores)
+            name: tuple(Figure(ends[score]["value"], ends[score]["standard_error"] or None) for score in scores)
             for name, ends in found["final"].items()
         },
     )

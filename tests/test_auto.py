@@ -3,9 +3,7 @@
 Costs are given here instead of timed, so that a choice is a function of the seed.
 """
 
-import contextlib
 import dataclasses
-import io
 import json
 from types import SimpleNamespace
 
@@ -13,7 +11,6 @@ import pytest
 import torch
 
 from carv.checkpoint import CHECKPOINT, RunFolderError, read_checkpoint, save_checkpoint
-from carv.cli import main
 from carv.commands import auto as auto_command
 from carv.commands.advise import advise_from
 from carv.commands.auto import AutoConfig, choose, settle, summary
@@ -27,6 +24,7 @@ from carv.variance.cost import StepCost
 from carv.variance.tables import Tables
 from carv.variance.values import Value
 from carv.world.dataset import load_world
+from command_line import carv
 
 CONFIG = SDSConfig("a chair", steps=12, teacher="world", field="voxel", resolution=8, samples=6, size=16, clip="none")
 AUTO = AutoConfig(warm_up=6, renders=7, bins=8, repetitions=6)
@@ -79,18 +77,6 @@ def new_process(monkeypatch):
 
 def refuse(*_, **__):
     raise AssertionError("this must not be done again")
-
-
-def carv(*args):
-    """The command as its entry point runs it: exit code, standard output, standard error."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            main([str(arg) for arg in args])
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-    return code, out.getvalue(), err.getvalue()
 
 
 @pytest.fixture(scope="module")

@@ -1,15 +1,12 @@
 """Every command that measures, run as users run it."""
 
-import contextlib
-import dataclasses
-import io
 import json
 import subprocess
 import sys
 
 import pytest
 
-from carv.cli import main
+from command_line import carv
 
 USERS = """
 import torch
@@ -31,25 +28,6 @@ def summed(at):
     "Forgets the 1/K of the mean over draws."
     return tuple(4 * part for part in mine(at))
 """
-
-
-@dataclasses.dataclass
-class Said:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def carv(*args):
-    """The command as its entry point runs it, in this process: importing torch anew takes seconds each time."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            main([str(arg) for arg in args])
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-    return Said(code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")

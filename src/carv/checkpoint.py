@@ -55,7 +55,12 @@ def load_checkpoint(folder: Path, config: str) -> dict[str, Tensor] | None:
     tensors, saved = read_checkpoint(folder)
     if saved == config:
         return tensors
-    raise RunFolderError(
+    raise other_settings(folder)
+
+
+def other_settings(folder: Path) -> RunFolderError:
+    """The error of a folder that holds another run."""
+    return RunFolderError(
         f"{folder} holds a run with other settings; give another --out, or --overwrite to start again there"
     )
 

@@ -26,7 +26,7 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from carv.checkpoint import CHECKPOINT, RunFolderError, load_checkpoint, save_checkpoint, write_whole
+from carv.checkpoint import CHECKPOINT, RunFolderError, load_checkpoint, other_settings, save_checkpoint, write_whole
 from carv.commands import advise as advise_command
 from carv.commands.pilot import PilotConfig, run_pilot
 from carv.console import Report
@@ -126,7 +126,7 @@ def choose(
     elif (folder / CHOICE).exists():
         return _read(folder, settings)
     elif (out / CHECKPOINT).exists():  # the run itself starts after its choice
-        raise _other_settings(out)
+        raise other_settings(out)
     steps, started = auto.warm_up_steps(config.steps), time.perf_counter()
     done = _warm_up(config, steps, folder, checkpoint_every, quiet)
     warm = time.perf_counter()
@@ -180,12 +180,6 @@ def _refuse_options(given: EstimatorConfig) -> None:
         raise ValueError(f"--auto chooses the estimator: leave out {options}, or leave out --auto")
 
 
-def _other_settings(folder: Path) -> RunFolderError:
-    return RunFolderError(
-        f"{folder} holds a run with other settings; give another --out, or --overwrite to start again there"
-    )
-
-
 def _read(folder: Path, settings: dict[str, Any]) -> Choice:
     """The choice that is there.
 
@@ -201,7 +195,7 @@ def _read(folder: Path, settings: dict[str, Any]) -> Choice:
     except (KeyError, TypeError, ValueError, OSError) as error:
         raise RunFolderError(f"{path} is damaged ({error}); remove it to choose again") from error
     if made_with != settings:
-        raise _other_settings(folder.parent)
+        raise other_settings(folder.parent)
     return Choice(estimator, record)
 
 
@@ -214,7 +208,7 @@ def _warm_up(config: SDSConfig, steps: int, folder: Path, checkpoint_every: int,
     if saved is not None and int(saved["steps_done"]) == steps:
         return 0
     if saved is not None and int(saved["steps_done"]) > steps:
-        raise _other_settings(folder.parent)
+        raise other_settings(folder.parent)
     with Report(f"carv sds --auto, warm-up: {config.prompt}", steps, quiet) as report:
         trainer = Trainer(config, load_teacher(config, report.say))
         if saved is not None:

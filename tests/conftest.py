@@ -3,10 +3,21 @@
 import jaxtyping
 from hypothesis import settings
 
-CHECKED = ("schedule", "weights", "density", "proposals", "adaptive", "strata", "sampler", "estimator", "gradient")
+CHECKED = (
+    "schedule",
+    "weights",
+    "density",
+    "proposals",
+    "adaptive",
+    "strata",
+    "sampler",
+    "estimator",
+    "gradient",
+    "noise",
+)
 VARIANCE = ("values", "moments", "stopping", "measure", "reference", "cost", "vjp", "paired", "memory")
 jaxtyping.install_import_hook(
-    [f"carv.{name}" for name in CHECKED] + [f"carv.variance.{name}" for name in VARIANCE], "typecheck.checked"
+    [f"carv.{name}" for name in CORE] + [f"carv.variance.{name}" for name in VARIANCE], "typecheck.checked"
 )
 
 # No deadlines: speed is measured in benchmarks/, on a machine that does nothing else.

@@ -12,12 +12,9 @@ from torch import Tensor
 
 from carv.adaptive import AdaptiveProposal
 from carv.gradient import Gradient, Renders, TeacherGradient
+from carv.noise import RenderNoise
 from carv.rng import Stream
 from carv.sampler import Draws, TimestepSampler
-
-# Noise is addressed in blocks of this many draws, so that it does not depend on the micro-batch, and so that
-# the first 8 of 16 re-noisings are those of 8. Even, for antithetic pairs.
-_NOISE_BLOCK = 8
 
 
 @dataclass(frozen=True)
@@ -54,27 +51,36 @@ class Clip:
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """One estimate of the gradient, and what is known about its draws.
+class MeanContribution:
+    """The latent-space half of an estimate: f_bar_r = 1/K sum_k omega_rk f_rk, before any backward pass.
 
     Attributes:
-        gradient: 1/R sum_r J_r^T f_bar_r, a tensor for each parameter. With several ranks, this rank's mean:
-            their average over ranks (what DDP forms) is the estimate of the whole step.
         draws: the timesteps and weights that were used.
-        f_mean: `[R, *latent]`, f_bar_r = 1/K sum_k omega_rk f_rk: the latent-space estimate for each render.
+        f_mean: `[R, *latent]`, f_bar_r: the latent-space estimate for each render.
         f_norm_sq: `[R, K]`, |f_rk|^2 without p/q and before any clip: what an adaptive proposal learns from.
         not_finite: how many draws had a NaN or an infinity (a tensor, so that reading it is the only sync).
         clipped: how many draws, or means over K, the clip changed (a tensor).
         policy: one sentence on what was done to outliers; "" when nothing was, and the estimate is unbiased.
     """
 
-    gradient: Gradient
     draws: Draws
     f_mean: Float[Tensor, "R *latent"]
     f_norm_sq: Float[Tensor, "R K"]
     not_finite: Tensor
     clipped: Tensor
     policy: str
+
+
+@dataclass(frozen=True)
+class Estimate(MeanContribution):
+    """One estimate of the gradient, and what is known about its draws.
+
+    Attributes:
+        gradient: 1/R sum_r J_r^T f_bar_r, a tensor for each parameter. With several ranks, this rank's mean:
+            their average over ranks (what DDP forms) is the estimate of the whole step.
+    """
+
+    gradient: Gradient
 
     def assign_to(self, parameters: Sequence[Tensor]) -> None:
         """Put the gradient into `parameter.grad`, for an optimiser."""
@@ -142,44 +148,77 @@ class HierarchicalEstimator:
             stream: of this step, e.g. `carv.stream(seed, "step", i)`; equal on all ranks.
             rank, world: of this process among the data-parallel ones.
         """
-        if len(task.latent_shape) == 0:
-            raise ValueError(
-                f"{type(task).__name__}.latent_shape is (); a latent needs at least one dimension, e.g. (1,)"
-            )
-        timesteps = stream.child("timesteps").generator(self.sampler.device)
-        draws = self.sampler.sample(self.renders, self.renoise, timesteps, rank=rank, world=world)
+        draws, renders = self._drawn(task, stream, rank, world)
         group = self.render_batch or self.renders
-        parts = []
+        parts, gradient = [], None
         for first in range(0, self.renders, group):
             rows = range(first, min(first + group, self.renders))
-            streams = tuple(stream.child("render", rank * self.renders + r) for r in rows)
-            renders = Renders(streams, rank * self.renders + first, world * self.renders)
-            parts.append(self._group(task, renders, _rows(draws, rows)))
-        gradient = parts[0].gradient
-        for part in parts[1:]:
-            gradient = tuple(a + b for a, b in zip(gradient, part.gradient, strict=True))
+            some = Renders(renders.streams[rows.start : rows.stop], renders.first + first, renders.total)
+            state = task.upstream(some)
+            parts.append(self._mean(task, state, some, _rows(draws, rows)))
+            share = task.pull_back(state, parts[-1].f_mean / self.renders)
+            gradient = share if gradient is None else tuple(a + b for a, b in zip(gradient, share, strict=True))
+        assert gradient is not None
         estimate = Estimate(
-            gradient,
             draws,
             torch.cat([part.f_mean for part in parts]),
             torch.cat([part.f_norm_sq for part in parts]),
             torch.stack([part.not_finite for part in parts]).sum(),
             torch.stack([part.clipped for part in parts]).sum(),
             self.policy,
+            gradient,
         )
-        if isinstance(self.sampler.proposal, AdaptiveProposal):
-            _learn(self.sampler.proposal, draws.t, estimate.f_norm_sq, world)
+        learn(self.sampler, draws.t, estimate.f_norm_sq, world)
         return estimate
 
-    def _group(self, task: TeacherGradient, renders: Renders, draws: Draws) -> Estimate:
-        """The share of some renders: their sum, divided by all R of this rank."""
-        state = task.upstream(renders)
+    def mean_contribution(
+        self, task: TeacherGradient, state: Any, stream: Stream, *, rank: int = 0, world: int = 1
+    ) -> MeanContribution:
+        """f_bar of all R renders of a state that exists already, without a backward pass.
+
+        For objectives of several terms that share their upstream work: add up the terms' `f_mean` and pull them back
+        once, `task.pull_back(state, total / R)`. With the stream of `estimate` it is bit for bit the `f_mean` there.
+
+        Args:
+            task: the term; its `contribution` is asked.
+            state: from `upstream(self.renders_of(stream))`, or with R renders from elsewhere.
+            stream: of this term in this step; equal on all ranks. Give terms that are to be independent of each
+                other different ones.
+            rank, world: as in `estimate`.
+        """
+        draws, renders = self._drawn(task, stream, rank, world)
+        mean = self._mean(task, state, renders, draws)
+        learn(self.sampler, draws.t, mean.f_norm_sq, world)
+        return mean
+
+    def draw(
+        self, task: TeacherGradient, stream: Stream, *, rank: int = 0, world: int = 1
+    ) -> tuple[Draws, Shaped[Tensor, "R K *latent"]]:
+        """The draws (t, p/q) and the noise eps of `estimate`, for losses of one's own, such as a learned score's."""
+        draws, renders = self._drawn(task, stream, rank, world)
+        return draws, RenderNoise(renders, task, draws.antithetic).of(0, self.renoise)
+
+    def renders_of(self, stream: Stream, rank: int = 0, world: int = 1) -> Renders:
+        """Which upstream states a step asks for: render r of all ranks is at ("render", r)."""
+        first = rank * self.renders
+        streams = tuple(stream.child("render", r) for r in range(first, first + self.renders))
+        return Renders(streams, first, world * self.renders)
+
+    def _drawn(self, task: TeacherGradient, stream: Stream, rank: int, world: int) -> tuple[Draws, Renders]:
+        if len(task.latent_shape) == 0:
+            raise ValueError(
+                f"{type(task).__name__}.latent_shape is (); a latent needs at least one dimension, e.g. (1,)"
+            )
+        timesteps = stream.child("timesteps").generator(self.sampler.device)
+        draws = self.sampler.sample(self.renders, self.renoise, timesteps, rank=rank, world=world)
+        return draws, self.renders_of(stream, rank, world)
+
+    def _mean(self, task: TeacherGradient, state: Any, renders: Renders, draws: Draws) -> MeanContribution:
         f_mean, f_norm_sq, not_finite, clipped = self._contributions(task, state, renders, draws)
         if self.clip is not None and self.clip.stage == "mean":
             f_mean, changed = self.clip.apply(f_mean, 1)
             clipped = clipped + changed.sum()
-        gradient = task.pull_back(state, f_mean / self.renders)
-        return Estimate(gradient, draws, f_mean, f_norm_sq, not_finite, clipped, self.policy)
+        return MeanContribution(draws, f_mean, f_norm_sq, not_finite, clipped, self.policy)
 
     @torch.no_grad()
     def _contributions(
@@ -187,7 +226,7 @@ class HierarchicalEstimator:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         count, renoise = draws.t.shape
         step = renoise if self.micro_batch is None else max(1, self.micro_batch // count)
-        noise = _Noise(renders, task, draws.antithetic)
+        noise = RenderNoise(renders, task, draws.antithetic)
         weight = draws.weight.to(task.device, task.dtype)
         total = torch.zeros((count, *task.latent_shape), dtype=task.dtype, device=task.device)
         norms: list[Tensor] = []
@@ -217,49 +256,38 @@ class HierarchicalEstimator:
         return total / renoise, torch.cat(norms, 1), bad, clipped
 
 
-def _learn(proposal: AdaptiveProposal, t: Tensor, f_norm_sq: Tensor, world: int) -> None:
-    """Every rank learns from the draws of all, so that all keep the same law and strata stay global."""
+def learn(sampler: TimestepSampler, t: Tensor, second_moment: Tensor, world: int = 1) -> None:
+    """Let the sampler's proposal, if it is adaptive, learn from draws that have been used.
+
+    Every rank learns from the draws of all, so that all keep the same law and strata stay global.
+
+    Args:
+        sampler: whose proposal it is; one that is not adaptive stays as it is.
+        t: `[R, K]`, the timesteps of this rank.
+        second_moment: `[R, K]`, |f|^2 of each draw without p/q.
+        world: how many ranks there are.
+
+    Raises:
+        ValueError: several ranks without torch.distributed.
+    """
+    if not isinstance(sampler.proposal, AdaptiveProposal):
+        return
     if world > 1:
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             raise ValueError("an adaptive proposal on several ranks needs torch.distributed to be initialised")
         pairs = []
-        for mine in (t.contiguous(), f_norm_sq.contiguous()):
+        for mine in (t.contiguous(), second_moment.contiguous()):
             gathered = [torch.empty_like(mine) for _ in range(world)]
             torch.distributed.all_gather(gathered, mine)
             pairs.append(torch.cat(gathered))
-        t, f_norm_sq = pairs
-    proposal.update(t, f_norm_sq)
+        t, second_moment = pairs
+    sampler.proposal.update(t, second_moment)
 
 
 def _rows(draws: Draws, rows: range) -> Draws:
     part = slice(rows.start, rows.stop)
     weighted = None if draws.weighted is None else draws.weighted[part]
     return Draws(draws.t[part], draws.weight[part], weighted, draws.antithetic)
-
-
-class _Noise:
-    """eps[r, k] by address: block `k // 8` of render r has a stream of its own."""
-
-    def __init__(self, renders: Renders, task: TeacherGradient, antithetic: bool) -> None:
-        self.renders, self.task, self.antithetic = renders, task, antithetic
-        self.blocks: dict[int, Tensor] = {}
-
-    def of(self, start: int, stop: int) -> Shaped[Tensor, "R k *latent"]:
-        """eps of draws start..stop-1. Blocks before `start` are forgotten: calls go upwards."""
-        first, last = start // _NOISE_BLOCK, (stop - 1) // _NOISE_BLOCK
-        self.blocks = {b: eps for b, eps in self.blocks.items() if b >= first}
-        for b in range(first, last + 1):
-            if b not in self.blocks:
-                self.blocks[b] = torch.stack([self._block(stream, b) for stream in self.renders])
-        joined = torch.cat([self.blocks[b] for b in range(first, last + 1)], 1)
-        return joined[:, start - first * _NOISE_BLOCK : stop - first * _NOISE_BLOCK]
-
-    def _block(self, stream: Stream, block: int) -> Tensor:
-        task = self.task
-        rng = stream.child("noise", block).generator(task.device)
-        distinct = _NOISE_BLOCK // 2 if self.antithetic else _NOISE_BLOCK
-        eps = torch.randn((distinct, *task.latent_shape), generator=rng, dtype=task.dtype, device=task.device)
-        return torch.stack([eps, -eps], 1).flatten(0, 1) if self.antithetic else eps
 
 
 def _refuse(task: TeacherGradient, finite: Tensor, t: Tensor, first_render: int, first_k: int) -> None:

@@ -16,7 +16,7 @@ def small_pipeline() -> Path:
     if not (_FOLDER / "model_index.json").exists():
         raise FileNotFoundError(
             f"{_FOLDER} holds no pipeline: install carv with its data, or train one with "
-            "`carv teachers train --out DIR` and name that folder"
+            "`carv teachers train world --out DIR` and name that folder"
         )
     return _FOLDER
 
@@ -28,3 +28,37 @@ def small_clip() -> Path:
         FileNotFoundError: the package was installed without its data.
     """
     return small_pipeline() / "clip"
+
+
+def small_dit() -> Path:
+    """The folder of the DiT on real digits, in diffusers' format; its judge is in its folder judge.
+
+    Its README.md says how it was made and how good it is.
+
+    Raises:
+        FileNotFoundError: the package was installed without its data.
+    """
+    folder = Path(__file__).parent / "small_dit"
+    if not (folder / "model_index.json").exists():
+        raise FileNotFoundError(
+            f"{folder} holds no pipeline: install carv with its data, or train one with "
+            "`carv teachers train digits --out DIR` and name that folder"
+        )
+    return folder
+
+
+def small_wan() -> Path:
+    """The folder of the Wan on clips of moving digits, in diffusers' format; its judge is in its folder judge.
+
+    Its README.md says how it was made and how good it is.
+
+    Raises:
+        FileNotFoundError: the package was installed without its data.
+    """
+    folder = Path(__file__).parent / "small_wan"
+    if not (folder / "model_index.json").exists():
+        raise FileNotFoundError(
+            f"{folder} holds no pipeline: install carv with its data, or train one with "
+            "`carv teachers train clips --out DIR` and name that folder"
+        )
+    return folder

@@ -3,23 +3,54 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.nn import functional
 
 from carv.extras import require
 from carv.rng import Stream
-from carv.training.config import Sizes
-from carv.training.data import Pictures
-from carv.world.dataset import WorldDataset
 
 LATENT_CHANNELS = 4
 _SQUARES, _CHROMA_SQUARES, _EDGES, _KL = 2.0, 6.0, 0.5, 1e-4
 _NARROW = -5.0  # of the posterior's log variance at the start
 _ENCODED_AT_ONCE = 64
+
+
+class Sizes(Protocol):
+    """What decides the shape of an autoencoder.
+
+    Attributes:
+        image: pixels along each side.
+        autoencoder: channels at each resolution, halved once between neighbours.
+    """
+
+    @property
+    def image(self) -> int: ...
+
+    @property
+    def autoencoder(self) -> tuple[int, ...]: ...
+
+
+class Source(Protocol):
+    """Where batches of pictures come from; see `carv.training.data.Pictures`."""
+
+    def batch(self, step: int, count: int, rng: Stream) -> Int[Tensor, "count"]:
+        """Places of the pictures of a step."""
+        ...
+
+    def floats(self, which: Int[Tensor, "B"]) -> Float[Tensor, "B 3 S S"]:
+        """The pictures at these places in [-1, 1]."""
+        ...
+
+
+class Stored(Protocol):
+    """Pictures in memory."""
+
+    @property
+    def images(self) -> UInt8[Tensor, "M 3 S S"]: ...
 
 
 def build_autoencoder(sizes: Sizes) -> Any:
@@ -63,7 +94,7 @@ class AutoencoderLoss:
     """
 
     vae: Any
-    pictures: Pictures
+    pictures: Source
     batch: int
     rng: Stream
     device: torch.device
@@ -89,7 +120,7 @@ class AutoencoderLoss:
 
 
 @torch.no_grad()
-def encode(vae: Any, world: WorldDataset, device: torch.device) -> Float[Tensor, "M 4 s s"]:
+def encode(vae: Any, world: Stored, device: torch.device) -> Float[Tensor, "M 4 s s"]:
     """The posterior's mean for each picture, on the CPU; in chunks, the pictures as floats would be large."""
     chunks = torch.split(world.images, _ENCODED_AT_ONCE)
     latents = torch.cat([vae.encode(chunk.to(device) / 127.5 - 1).latent_dist.mean.cpu() for chunk in chunks])

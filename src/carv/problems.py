@@ -2,6 +2,7 @@
 
 toy              a Gaussian teacher whose every expectation is known, see `carv.tasks.toy`
 sds              text-to-3D on carv's own world, after some training or from a run's checkpoint
+distill          distribution matching (DMD), from the checkpoint of a `carv distill` run
 module:object    your own: see `load_problem`
 """
 
@@ -29,6 +30,7 @@ from carv.proposals import defensive, proportional
 from carv.rng import Stream
 from carv.sampler import TimestepSampler
 from carv.strata import COUPLINGS
+from carv.tasks.distill.config import TermEstimator
 from carv.tasks.sds.config import EstimatorConfig, SDSConfig
 from carv.tasks.sds.train import Trainer, load_teacher
 from carv.tasks.toy import GaussianToy
@@ -43,7 +45,7 @@ class ProblemConfig:
     """Which pipeline, in which state."""
 
     task: Annotated[str, tyro.conf.Positional] = "toy"
-    """toy, sds, or module:object for your own."""
+    """toy, sds, distill, or module:object for your own."""
     prompt: str = "a red chair"
     """sds: what to make."""
     teacher: str = "world"
@@ -53,7 +55,7 @@ class ProblemConfig:
     resolution: int = 32
     """sds: voxels along each side."""
     run: Path | None = None
-    """sds: a folder of `carv sds`, to measure at its checkpoint instead."""
+    """A folder of `carv sds` or `carv distill`, to measure at its checkpoint; distill needs one."""
     t_min: int = 20
     """The smallest timestep of 1000."""
     t_max: int = 980
@@ -62,10 +64,10 @@ class ProblemConfig:
     def to_dict(self) -> dict[str, Any]:
         """The settings that this task has, for records."""
         named = {"task": self.task, "t_min": self.t_min, "t_max": self.t_max}
-        if self.task != "sds":
+        if self.task not in ("sds", "distill"):
             return named
-        if self.run is not None:
-            return named | {"run": str(self.run)}
+        if self.run is not None or self.task == "distill":
+            return named | {"run": None if self.run is None else str(self.run)}
         own = ("prompt", "teacher", "steps", "resolution")
         return named | {name: getattr(self, name) for name in own}
 
@@ -180,9 +182,11 @@ def _make(config: ProblemConfig, say: Callable[[str], None] | None) -> Problem |
         return Problem.of(toy, base, toy.weight)
     if config.task == "sds":
         return _sds(config, say)
+    if config.task == "distill":
+        return _distill(config)
     if ":" in config.task:
         return _user(config.task, base, say)
-    raise ValueError(f"unknown task {config.task!r}; use toy, sds, or module:object for your own")
+    raise ValueError(f"unknown task {config.task!r}; use toy, sds, distill, or module:object for your own")
 
 
 def _sds(config: ProblemConfig, say: Callable[[str], None] | None) -> Problem:
@@ -207,10 +211,25 @@ def _sds(config: ProblemConfig, say: Callable[[str], None] | None) -> Problem:
         settings = dataclasses.replace(SDSConfig.from_json(described), stratify_azimuth=False)
         trainer = Trainer(settings, load_teacher(settings, say))
         trainer.load_state_dict(tensors)
-        parts = (tensors[name].contiguous().numpy().tobytes() for name in sorted(tensors))
-        fingerprint["checkpoint"] = _digest(described.encode(), *parts)
+        fingerprint["checkpoint"] = _checkpoint_digest(tensors, described)
     law = EstimatorConfig(t_min=config.t_min, t_max=config.t_max).base(trainer.task.teacher.schedule)
     return Problem.of(trainer.task, law, trainer.task.weight, fingerprint=fingerprint)
+
+
+def _distill(config: ProblemConfig) -> Problem:
+    """The distribution-matching term alone: the gradient that Table 3 of the paper measures.
+
+    Classes are drawn independently: the pilot's upstream states are independent.
+    """
+    if config.run is None:
+        raise ValueError("distill is measured at a run's checkpoint: give --run, a folder of `carv distill`")
+    from carv.tasks.distill.run import restore  # diffusers is an extra
+
+    tensors, described = read_checkpoint(config.run)
+    dmd = restore(config.run).dmd
+    dmd.classes = dataclasses.replace(dmd.classes, balance=False)
+    base = TermEstimator(t_min=config.t_min, t_max=config.t_max).base(dmd.teacher.schedule)
+    return Problem.of(dmd, base, fingerprint={"checkpoint": _checkpoint_digest(tensors, described)})
 
 
 def _user(name: str, base: Density, say: Callable[[str], None] | None) -> Problem | Estimator:
@@ -270,6 +289,10 @@ def _needs(function: Callable[..., Any]) -> int:
 def _source(module: ModuleType) -> dict[str, str]:
     path = getattr(module, "__file__", None)
     return {} if path is None else {"module": _digest(Path(path).read_bytes())}
+
+
+def _checkpoint_digest(tensors: Mapping[str, Tensor], described: str) -> str:
+    return _digest(described.encode(), *(tensors[name].contiguous().numpy().tobytes() for name in sorted(tensors)))
 
 
 def _digest(*parts: bytes) -> str:

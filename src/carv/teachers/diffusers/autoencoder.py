@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -54,12 +55,30 @@ class Autoencoder:
         Raises:
             ValueError: a number of frames that it does not take.
         """
-        factor, per_latent = spatial_factor(model), int(model.config["scale_factor_temporal"])
+        factor = spatial_factor(model)
+        one = cls(model, options, (3, 1, *size), (int(model.config["z_dim"]), 1, size[0] // factor, size[1] // factor))
+        return one.with_frames(frames)
+
+    @property
+    def frames_per_latent(self) -> int:
+        """How many frames a latent frame stands for, after the first; 1 of an autoencoder of pictures."""
+        return int(self._model.config["scale_factor_temporal"]) if len(self.picture_shape) == 4 else 1
+
+    def with_frames(self, frames: int) -> Autoencoder:
+        """The same autoencoder for videos of another number of frames.
+
+        Raises:
+            ValueError: a number of frames that it does not take, or an autoencoder of pictures.
+        """
+        if len(self.picture_shape) == 3:
+            raise ValueError(f"this teacher takes pictures, not videos of {frames} frames")
+        per_latent = self.frames_per_latent
         if frames < 1 or (frames - 1) % per_latent:
             raise ValueError(f"this teacher takes videos of 1 + {per_latent} n frames, got frames = {frames}")
-        latent_frames = (frames - 1) // per_latent + 1
-        latent_shape = (int(model.config["z_dim"]), latent_frames, size[0] // factor, size[1] // factor)
-        return cls(model, options, (3, frames, *size), latent_shape)
+        other = copy.copy(self)
+        other.picture_shape = (3, frames, *self.picture_shape[2:])
+        other.latent_shape = (self.latent_shape[0], (frames - 1) // per_latent + 1, *self.latent_shape[2:])
+        return other
 
     def encode(self, pictures: Tensor, noise: Tensor | None = None) -> Tensor:
         """z of pictures, differentiable: the posterior's mean, or a sample of it.

@@ -17,6 +17,9 @@ class DiT:
     """A prompt is a class: its number, or its name where the folder has names. The empty prompt is the null class.
 
     The null class is the one after the last, `num_embeds_ada_norm`.
+
+    Attributes:
+        classes: the prompts of all classes, as numbers: those that the folder names, or all if it names none.
     """
 
     def __init__(self, folder: PipelineFolder, options: Options) -> None:
@@ -33,7 +36,11 @@ class DiT:
         self.autoencoder = Autoencoder.image(vae, options, size)
         self.text: list[TextEncoder] = []
         self._classes, self._device = int(config.num_embeds_ada_norm), options.device
-        self._names = _names(folder.index.get("id2label"))
+        labels = folder.index.get("id2label")
+        self._names = _names(labels)
+        # A folder may name fewer classes than its table has rows: carv's digits name ten of a thousand.
+        named = sorted(int(number) for number in labels) if isinstance(labels, dict) else []
+        self.classes = tuple(map(str, named or range(self._classes)))
 
     def condition(self, prompt: str) -> Condition:
         """`label`, an integer `[1]`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -147,22 +148,71 @@ class DiffusersTeacher:
     def predict_noise_with_graph(self, z_t: Tensor, t: Tensor, conditions: Sequence[Condition]) -> list[Tensor]:
         """The same, differentiable in z_t and in whatever of `network` requires gradients: for adapters."""
         self._check(z_t, t, conditions)
-        copies, t = len(conditions), t.to(self.device)
-        shown = z_t.to(self.device, self.dtype)
+        copies = len(conditions)
+        output = self.network_output(
+            z_t.repeat(copies, *[1] * (z_t.ndim - 1)), t.repeat(copies), Condition.concatenate(conditions)
+        )
+        return [
+            to_epsilon(part, z_t.to(self.device), t.to(self.device), self.schedule) for part in output.chunk(copies)
+        ]
+
+    def network_output(self, z_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """What `network` outputs, before any conversion: what its training loss compares; differentiable.
+
+        Args:
+            z_t: `[N, *latent]`, of any size that the network takes.
+            t: `[N]`, in the units of `schedule`.
+            condition: N rows.
+
+        Returns:
+            `[N, *latent]`, in the type of the network, without a predicted variance.
+        """
+        t = t.to(self.device)
         time = self.schedule.teacher_time(t)
         time = time.to(torch.float32) if self.schedule.continuous else time.long()
-        output = self._family.output(
-            shown.repeat(copies, *[1] * (shown.ndim - 1)), time.repeat(copies), Condition.concatenate(conditions)
-        )
+        output = self._family.output(z_t.to(self.device, self.dtype), time, condition)
         # A network that also predicts a variance does so in the second half of its channels.
-        if output.shape[1] == 2 * self.latent_shape[0]:
-            output = output[:, : self.latent_shape[0]]
-        return [to_epsilon(part, z_t.to(self.device), t, self.schedule) for part in output.chunk(copies)]
+        channels = self.latent_shape[0]
+        return output[:, :channels] if output.shape[1] == 2 * channels else output
+
+    @property
+    def frames_per_latent(self) -> int:
+        """How many frames of a video a latent frame stands for, after the first; 1 of a teacher of pictures."""
+        return self._family.autoencoder.frames_per_latent
+
+    def with_frames(self, frames: int) -> DiffusersTeacher:
+        """The same teacher, weights and remembered prompts shared, for videos of another number of frames.
+
+        Raises:
+            ValueError: a teacher of pictures, or a number that the autoencoder does not take.
+        """
+        other, family = copy.copy(self), copy.copy(self._family)
+        family.autoencoder = family.autoencoder.with_frames(frames)
+        other._family = family
+        other.latent_shape, other.picture_shape = family.autoencoder.latent_shape, family.autoencoder.picture_shape
+        return other
+
+    def with_network(self, network: torch.nn.Module) -> DiffusersTeacher:
+        """The same teacher around another network of the same kind, such as a trainable copy of its own.
+
+        Args:
+            network: what `network` is afterwards; z_t is given to it in the type of its weights.
+        """
+        other, other._family = copy.copy(self), copy.copy(self._family)
+        other._family.network = network
+        other.dtype = next(network.parameters()).dtype
+        return other
 
     @property
     def network(self) -> Any:
         """The denoising network, a `torch.nn.Module`."""
         return self._family.network
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The prompts of a class-conditional teacher's classes; none of any other."""
+        found: tuple[str, ...] = getattr(self._family, "classes", ())
+        return found
 
     def encode(self, pictures: Tensor, noise: Tensor | None = None) -> Tensor:
         """Latents of pictures in [0, 1], differentiable; see `Autoencoder.encode`.

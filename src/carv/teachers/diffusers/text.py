@@ -43,10 +43,10 @@ class TextEncoder:
     def t5(
         cls, folder: PipelineFolder, number: str, options: Options, length: int, known: str = "T5EncoderModel"
     ) -> TextEncoder:
-        """A T5 encoder; `length` is the pipeline's own number of tokens."""
+        """A T5 encoder; `length` is the pipeline's own number of tokens, fewer where the tokenizer reads fewer."""
         tokenizer = folder.tokenizer(f"tokenizer{number}", _T5_TOKENIZERS)
         model = folder.model(f"text_encoder{number}", (known,), options.dtype, options.device)
-        return cls(tokenizer, model, options.max_tokens or length)
+        return cls(tokenizer, model, options.max_tokens or min(length, int(tokenizer.model_max_length)))
 
     def read(self, prompt: str) -> Any:
         """The network's outputs for one prompt, all hidden states included."""

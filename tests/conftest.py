@@ -3,7 +3,7 @@
 import jaxtyping
 from hypothesis import settings
 
-CHECKED = (
+CORE = (
     "schedule",
     "weights",
     "density",

@@ -77,7 +77,7 @@ def trained(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CARV_CACHE", str(cache))
         flags = ((f"--{name.replace('_', '-')}", str(value)) for name, value in vars(TINY).items() if name != "bf16")
-        main(["teachers", "train", "--out", str(out), "--bf16", *itertools.chain(*flags)])
+        main(["teachers", "train", "world", "--out", str(out), "--bf16", *itertools.chain(*flags)])
     return out
 
 

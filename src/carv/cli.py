@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
+from tyro.conf import OmitArgPrefixes as Flat  # --renders, not --config.estimator.renders
 
 from carv.commands import advise as advise_command
 from carv.commands import auto as auto_command
@@ -22,22 +23,24 @@ from carv.commands import check as check_command
 from carv.commands import measure as measure_command
 from carv.commands import pilot as pilot_command
 from carv.commands import sweep as sweep_command
+from carv.commands.teachers import Teacher
 from carv.console import fail
 from carv.problems import ProblemConfig
 from carv.runs.sweep import SweepConfig
 from carv.strict_json import dumps
+from carv.tasks.attribution.config import AttributionConfig
+from carv.tasks.distill.config import DistillConfig
 from carv.tasks.sds import run as sds_run
 from carv.tasks.sds.compare import CompareConfig, compare, summary
 from carv.tasks.sds.config import SDSConfig
-from carv.training.config import TrainConfig
 
 Threads = Annotated[int, tyro.conf.arg(help="CPU threads; 0 leaves torch's choice.")]
 Json = Annotated[bool, tyro.conf.arg(name="json", help="Print the results as JSON and nothing else.")]
 
 
 def sds(
-    config: SDSConfig,
-    auto_config: auto_command.AutoConfig,
+    config: Flat[SDSConfig],
+    auto_config: Flat[auto_command.AutoConfig],
     out: Path,
     auto: bool = False,
     checkpoint_every: int = 50,
@@ -90,8 +93,8 @@ def compare_sds(config: CompareConfig, out: Path, json_only: Json = False, threa
 
 
 def pilot(
-    problem: ProblemConfig,
-    config: pilot_command.PilotConfig,
+    problem: Flat[ProblemConfig],
+    config: Flat[pilot_command.PilotConfig],
     out: Path,
     json_only: Json = False,
     threads: Threads = 0,
@@ -111,7 +114,7 @@ def pilot(
 
 
 def advise(
-    folder: Annotated[Path, tyro.conf.Positional], config: advise_command.AdviseConfig, json_only: Json = False
+    folder: Annotated[Path, tyro.conf.Positional], config: Flat[advise_command.AdviseConfig], json_only: Json = False
 ) -> None:
     """Say what to run, what it gains and what limits it, from a pilot: carv advise DIR
 
@@ -149,9 +152,9 @@ def report(
 
 
 def measure(
-    problem: ProblemConfig,
-    design: measure_command.DesignConfig,
-    config: measure_command.MeasureConfig,
+    problem: Flat[ProblemConfig],
+    design: Flat[measure_command.DesignConfig],
+    config: Flat[measure_command.MeasureConfig],
     out: Path | None = None,
     json_only: Json = False,
     threads: Threads = 0,
@@ -170,9 +173,9 @@ def measure(
 
 
 def sweep(
-    problem: ProblemConfig,
-    config: SweepConfig,
-    where: sweep_command.ExecutorConfig,
+    problem: Flat[ProblemConfig],
+    config: Flat[SweepConfig],
+    where: Flat[sweep_command.ExecutorConfig],
     out: Path,
     mix: bool = False,
     json_only: Json = False,
@@ -193,9 +196,9 @@ def sweep(
 
 
 def check(
-    problem: ProblemConfig,
-    design: measure_command.DesignConfig,
-    config: check_command.CheckConfig,
+    problem: Flat[ProblemConfig],
+    design: Flat[measure_command.DesignConfig],
+    config: Flat[check_command.CheckConfig],
     json_only: Json = False,
     threads: Threads = 0,
 ) -> None:
@@ -214,29 +217,76 @@ def check(
     sys.exit({"pass": 0, "small bias": 0, "fail": 1, "cannot tell": 3}[found.verdict])
 
 
-def teachers(
-    action: Annotated[Literal["train"], tyro.conf.Positional],
-    config: TrainConfig,
+def distill(
+    config: Annotated[DistillConfig, tyro.conf.arg(name="")],
     out: Path,
+    checkpoint_every: int = 200,
     overwrite: bool = False,
+    json_only: Json = False,
     threads: Threads = 0,
 ) -> None:
-    """Train a small Stable Diffusion on carv's own captioned 3D world: carv teachers train --out DIR
+    """Distil a diffusion teacher into a generator of one step (DMD2): carv distill --out generator
 
-    About an hour on a free CPU core. The same command goes on from the checkpoints if it was stopped. Leaves a
-    diffusers pipeline with a model card, a small CLIP, sample sheets, and quality.json.
+    Writes the generator as diffusers saves a network, sample sheets, history.jsonl, metrics.json and a checkpoint; the
+    same command goes on from the checkpoint if it was stopped. Under torchrun every process adds its renders.
+
+    Args:
+        config: Settings.
+        out: The run's folder.
+        checkpoint_every: Generator updates between checkpoints.
+        overwrite: Start again where the folder holds another run.
+    """
+    from carv.tasks.distill import run as distill_run  # diffusers is an extra
+
+    _set_threads(threads)
+    metrics = distill_run.run(config, out, checkpoint_every, overwrite, quiet=json_only, evaluate=True)
+    if metrics:  # only the first of several processes has them
+        _print(json_only, lambda: metrics, lambda: distill_run.summary(metrics, out))
+
+
+def attribute(
+    config: Flat[AttributionConfig],
+    out: Path,
+    overwrite: bool = False,
+    json_only: Json = False,
+    threads: Threads = 0,
+) -> None:
+    """Rank training clips or pictures by their influence on a query: carv attribute --train DIR --query FILE --out DIR
+
+    Writes index.html, results.json and scores.csv, and keeps all gradients: a larger budget re-uses them, and the same
+    command goes on if it was stopped.
+
+    Args:
+        config: Settings.
+        out: The folder of results and gradients.
+        overwrite: Start again where the folder holds another run.
+    """
+    from carv.report import attribution as page  # jinja2 is an extra
+    from carv.tasks.attribution import run as attribution_run  # diffusers is an extra
+
+    _set_threads(threads)
+    results = attribution_run.run(config, out, overwrite, quiet=json_only)
+    page.write(out)
+    shown = f"\nopen {out / 'index.html'} to see them"
+    _print(json_only, lambda: results, lambda: attribution_run.summary(results, out) + shown)
+
+
+def teachers(
+    action: Annotated[Literal["train"], tyro.conf.Positional], teacher: tyro.conf.OmitSubcommandPrefixes[Flat[Teacher]]
+) -> None:
+    """Train a small teacher of carv's own, in diffusers' format: carv teachers train world --out DIR
+
+    The same command goes on from the checkpoints if it was stopped. Leaves a diffusers pipeline with a model card,
+    sample sheets, and quality.json.
 
     Args:
         action: What to do.
-        config: Settings.
-        out: The pipeline's folder.
-        overwrite: Start again where the folder holds another run.
+        teacher: Which.
     """
-    from carv.training.train import train  # heavy, and an extra
-
-    _set_threads(threads)
-    train(config, out, overwrite)
-    print(f'wrote {out}; its README.md says how good it is. Next: carv sds "a red chair" --teacher {out} --out chair')
+    _set_threads(teacher.into.threads)
+    proposed = teacher.train()
+    out = teacher.into.out
+    print(f"wrote {out}; its README.md says how good it is. Next: {proposed}")
 
 
 def _print(json_only: bool, as_json: Callable[[], dict[str, Any]], as_text: Callable[[], str]) -> None:
@@ -259,6 +309,8 @@ COMMANDS: dict[str, Any] = {
     "report": report,
     "sweep": sweep,
     "check": check,
+    "distill": distill,
+    "attribute": attribute,
     "teachers": teachers,
 }
 
@@ -271,7 +323,6 @@ def main(args: list[str] | None = None) -> None:
             prog="carv",
             description="Cheap, unbiased gradients from frozen diffusion teachers.",
             args=args,
-            config=(tyro.conf.OmitArgPrefixes,),
         )
     except (ValueError, ImportError, OSError) as error:
         fail(str(error))

@@ -19,7 +19,7 @@ pipeline_tag: text-to-image
 # carv's small Stable Diffusion
 
 A latent diffusion pipeline of {millions:.1f} million weights for {image}x{image} pictures, trained from scratch by
-`carv teachers train`. It is a teacher for tests, demonstrations and measurements of gradient estimators: a real
+`carv teachers train world`. It is a teacher for tests, demonstrations and measurements of gradient estimators: a real
 `StableDiffusionPipeline` with a learned autoencoder, text encoder and UNet, small enough for a CPU. It draws
 carv's captioned 3D world and nothing else.
 
@@ -52,7 +52,7 @@ carv's captioned 3D world and nothing else.
 
 Machine: {machine}, torch {torch}. The same steps again, whatever the clock says:
 
-    carv teachers train --out DIR --size {size} --seed {seed} --views {count} {steps}
+    carv teachers train world --out DIR --size {size} --seed {seed} --views {count} {steps}
 
 ## Quality
 

@@ -1,4 +1,4 @@
-"""`carv teachers train`: the stages in order, resumable, to a folder that diffusers loads."""
+"""`carv teachers train world`: the stages in order, resumable, to a folder that diffusers loads."""
 
 from __future__ import annotations
 

@@ -261,4 +261,4 @@ class Trainer:
 
 
 def _adamw(parameters: Sequence[Tensor], rate: float, decay: float) -> torch.optim.AdamW:
-    return torch.optim.AdamW(list(parameters), rate, weight_decay=decay)
+    return torch.optim.AdamW(list(parameters), rate, weight_decay=decay, fused=True)

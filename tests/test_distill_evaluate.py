@@ -15,7 +15,8 @@ from carv.judge import Judge, Moments, frechet_distance
 from carv.judge.model import JudgeConfig, JudgeNetwork
 from carv.rng import stream
 from carv.tasks.distill import evaluate
-from carv.tasks.distill.evaluate import Evaluation, Quality, Reference
+from carv.tasks.distill.config import DistillConfig
+from carv.tasks.distill.evaluate import Evaluation, Quality, Reference, load_evaluation
 from carv.teachers.base import Condition
 
 pytest.importorskip("sklearn")
@@ -171,3 +172,17 @@ def test_a_record_of_the_scores_is_plain_numbers(evaluation: Evaluation) -> None
     found = evaluation(SimpleNamespace(generate=grey))
     assert found.keys() == {field.name for field in dataclasses.fields(Quality)}
     assert all(isinstance(value, (int, float)) and math.isfinite(value) for value in found.values())
+
+
+def test_the_judge_is_the_one_named_or_the_one_in_the_teacher_s_folder(judge: Judge, tmp_path: Path) -> None:
+    config = DistillConfig(teacher=str(tmp_path), samples=200)
+    assert load_evaluation(config, PixelTeacher()) is None
+    with pytest.raises(ValueError, match="holds no judge"):
+        load_evaluation(dataclasses.replace(config, judge=str(tmp_path / "other")), PixelTeacher())
+    judge.save(tmp_path / "judge")
+    found = load_evaluation(config, PixelTeacher())
+    named = load_evaluation(dataclasses.replace(config, teacher="small", judge=str(tmp_path / "judge")), PixelTeacher())
+    for one in (found, named):
+        assert one is not None
+        assert one.samples == 200
+        assert one.judge.config == judge.config

@@ -90,7 +90,8 @@ class DistillSetting:
             f"{self.fake_rate:g} (fake score) unless said otherwise. The Frechet distance is to the training pictures "
             f"in the judge's features, always with the same {self.samples} samples at the same noise. Seconds are of "
             "one core (processor time of a step, its median over interleaved repetitions, times the number of steps), "
-            "without evaluations: they do not depend on what else the machine did."
+            "without evaluations. A busy machine makes them longer: only ratios of steps that were timed side by "
+            "side mean much."
         )
 
     def to_dict(self) -> dict[str, Any]:

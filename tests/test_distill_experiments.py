@@ -24,9 +24,18 @@ from carv.variance.values import Value
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("sklearn")
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-distill_curves, distill_runs, distill_setting, fig_26_27, nested, paper, table_3 = (
+distill_curves, distill_phases, distill_runs, distill_setting, fig_26_27, nested, paper, table_3 = (
     importlib.import_module(name)
-    for name in ("distill_curves", "distill_runs", "distill_setting", "fig_26_27", "nested", "paper", "table_3")
+    for name in (
+        "distill_curves",
+        "distill_phases",
+        "distill_runs",
+        "distill_setting",
+        "fig_26_27",
+        "nested",
+        "paper",
+        "table_3",
+    )
 )
 
 SCRIPTS = ("table_3", "fig_26_27", "distill_hypotheses")
@@ -151,7 +160,7 @@ def distill_runs_renders(count: int):
 def test_estimates_of_one_input_are_independent_and_strata_are_within_each(trainer) -> None:
     from carv.rng import stream
 
-    t, noise = table_3.draws(trainer.dmd, 16, "per-render", 4, stream(0))
+    t, noise = distill_phases.draws(trainer.dmd, 16, "per-render", 4, stream(0))
     assert t.shape == (1, 64)
     assert noise.shape == (1, 64, *trainer.dmd.latent_shape)
     strata = (t.view(4, 16) - 20) * 16 // 961
@@ -169,9 +178,9 @@ def test_a_fake_score_call_is_a_part_of_what_a_draw_costs(trainer) -> None:
     from carv.teachers.prediction import to_sample
 
     z_t = schedule.add_noise(state.z.detach()[:, None], t, noise)
-    called = table_3.teacher_call(dmd, state, t, noise)
+    called = distill_phases.teacher_call(dmd, state, t, noise)
     assert torch.allclose(to_sample(called, z_t, t, schedule, "epsilon"), real, atol=1e-5)
-    assert torch.allclose(to_sample(table_3.fake_call(dmd, state, t, noise), z_t, t, schedule), fake, atol=1e-5)
+    assert torch.allclose(to_sample(distill_phases.fake_call(dmd, state, t, noise), z_t, t, schedule), fake, atol=1e-5)
 
 
 def test_costs_add_up_to_the_step() -> None:
@@ -180,7 +189,7 @@ def test_costs_add_up_to_the_step() -> None:
         "teacher, K = 1": 5.0, "teacher, K = 16": 65.0, "fake score, K = 1": 3.0, "fake score, K = 16": 33.0,
         "discriminator, K = 1": 1.0, "discriminator, K = 16": 9.0,
     }  # fmt: skip
-    costs = table_3.Costs.of({name: Value(seconds, 0.0) for name, seconds in exact.items()}, 5)
+    costs = distill_phases.Costs.of({name: Value(seconds, 0.0) for name, seconds in exact.items()}, 5)
     assert costs.draw.value == pytest.approx((60 + 30) / (8 * 15))
     assert costs.step(1).value == pytest.approx(8 + 16 + 2 + 5 * 30 + 5 + 3 + 1)
     assert costs.step(16).value == pytest.approx(8 + 16 + 2 + 5 * 30 + 65 + 33 + 1)

@@ -82,7 +82,7 @@ def test_a_function_of_a_stream_is_an_estimator_and_no_pipeline(module):
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        ("toys", "unknown task 'toys'; use toy, sds, or module:object"),
+        ("toys", "unknown task 'toys'; use toy, sds, distill, or module:object"),
         ("no_such_module:x", "no module 'no_such_module' here"),
         ("{module}:absent", "has no 'absent'"),
         ("{module}:number", "is a int; give an object with upstream"),

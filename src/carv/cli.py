@@ -80,7 +80,7 @@ def sds(
     print(sds_run.summary(metrics, out))
 
 
-def compare_sds(config: CompareConfig, out: Path, json_only: Json = False, threads: Threads = 0) -> None:
+def compare_sds(config: Flat[CompareConfig], out: Path, json_only: Json = False, threads: Threads = 0) -> None:
     """Standard SDS against carv at the same wall-clock time, on one prompt.
 
     Args:

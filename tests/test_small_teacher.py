@@ -35,7 +35,7 @@ def test_its_card_is_made_from_its_measured_quality() -> None:
 
 
 def test_a_package_without_its_data_says_how_to_get_a_teacher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(small, "_FOLDER", tmp_path)
+    monkeypatch.setattr(small, "__file__", str(tmp_path / "small.py"))
     with pytest.raises(FileNotFoundError, match="train one with `carv teachers train"):
         small.small_pipeline()
 
@@ -65,12 +65,13 @@ def test_it_is_the_default_teacher_of_a_text_to_3d_run_in_either_precision(dtype
 
 
 def test_loading_prints_nothing_that_is_not_carvs_and_leaves_the_bars_of_others_on(capfd: Any) -> None:
-    logging = pytest.importorskip("transformers.utils.logging")
-    shown = logging.is_progress_bar_enabled()
+    logs = [pytest.importorskip(f"{package}.utils.logging") for package in ("transformers", "diffusers")]
+    shown = [log.is_progress_bar_enabled() for log in logs]
     load_teacher(SDSConfig(PROMPTS[0]))
+    load_pipeline(small.small_pipeline(), torch.device("cpu"))
     Clip.from_pretrained(small.small_clip())
     assert "Loading" not in capfd.readouterr().err
-    assert logging.is_progress_bar_enabled() == shown
+    assert [log.is_progress_bar_enabled() for log in logs] == shown
 
 
 def test_another_judge_scores_a_finished_run_without_training_again(tmp_path: Path) -> None:

@@ -1,24 +1,17 @@
-"""Where carv's own small Stable Diffusion and its CLIP lie: in the package, so that nothing is downloaded."""
+"""Where carv's own small teachers and their judges lie: in the package, so that nothing is downloaded."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-_FOLDER = Path(__file__).parent / "small_stable_diffusion"
-
 
 def small_pipeline() -> Path:
-    """The folder of the pipeline, in diffusers' format; its README.md says how it was made and how good it is.
+    """The folder of the Stable Diffusion, in diffusers' format; its README.md says how it was made and how good it is.
 
     Raises:
         FileNotFoundError: the package was installed without its data.
     """
-    if not (_FOLDER / "model_index.json").exists():
-        raise FileNotFoundError(
-            f"{_FOLDER} holds no pipeline: install carv with its data, or train one with "
-            "`carv teachers train world --out DIR` and name that folder"
-        )
-    return _FOLDER
+    return _packaged("small_stable_diffusion", "world")
 
 
 def small_clip() -> Path:
@@ -38,13 +31,7 @@ def small_dit() -> Path:
     Raises:
         FileNotFoundError: the package was installed without its data.
     """
-    folder = Path(__file__).parent / "small_dit"
-    if not (folder / "model_index.json").exists():
-        raise FileNotFoundError(
-            f"{folder} holds no pipeline: install carv with its data, or train one with "
-            "`carv teachers train digits --out DIR` and name that folder"
-        )
-    return folder
+    return _packaged("small_dit", "digits")
 
 
 def small_wan() -> Path:
@@ -55,10 +42,14 @@ def small_wan() -> Path:
     Raises:
         FileNotFoundError: the package was installed without its data.
     """
-    folder = Path(__file__).parent / "small_wan"
+    return _packaged("small_wan", "clips")
+
+
+def _packaged(name: str, command: str) -> Path:
+    folder = Path(__file__).parent / name
     if not (folder / "model_index.json").exists():
         raise FileNotFoundError(
             f"{folder} holds no pipeline: install carv with its data, or train one with "
-            "`carv teachers train clips --out DIR` and name that folder"
+            f"`carv teachers train {command} --out DIR` and name that folder"
         )
     return folder

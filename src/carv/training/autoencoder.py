@@ -104,19 +104,28 @@ class AutoencoderLoss:
         """The loss of a step."""
         images = self.pictures.floats(self.pictures.batch(step, self.batch, self.rng))
         images = images.to(self.device, memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            posterior = self.vae.encode(images).latent_dist
-        mean, log_variance = posterior.mean.float(), posterior.logvar.float()
-        noise = torch.randn(mean.shape, generator=self.rng.child("step", step).generator()).to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            decoded = self.vae.decode(mean + (0.5 * log_variance).exp() * noise).sample
-        error = decoded.float() - images
+        decoded, divergence = decoded_sample(self.vae, images, self.rng.child("step", step), self.bf16)
+        error = decoded - images
         edges: Tensor = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-        divergence: Tensor = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
         chroma = error - error.mean(dim=1, keepdim=True)
         pixels: Tensor = error.abs().mean() + _SQUARES * error.square().mean()
         hues: Tensor = chroma.abs().mean() + _CHROMA_SQUARES * chroma.square().mean()
         return pixels + hues + _EDGES * edges + _KL * divergence
+
+
+def decoded_sample(vae: Any, x: Float[Tensor, "B ..."], rng: Stream, bf16: bool) -> tuple[Tensor, Tensor]:
+    """x', decoded from a sample m + s eps of x's posterior N(m, s^2), and KL = (m^2 + s^2 - 1 - log s^2)/2.
+
+    x, in [-1, 1], lies where the networks are; KL, from N(0, 1), is a mean over entries. eps is the stream's.
+    """
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+        posterior = vae.encode(x).latent_dist
+    mean, log_variance = posterior.mean.float(), posterior.logvar.float()
+    noise = torch.randn(mean.shape, generator=rng.generator()).to(x.device)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+        decoded = vae.decode(mean + (0.5 * log_variance).exp() * noise).sample
+    divergence: Tensor = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
+    return decoded.float(), divergence
 
 
 @torch.no_grad()

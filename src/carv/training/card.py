@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from carv.training.card_rows import row, run_fields
 from carv.training.data import HELD_OUT
 from carv.training.evaluate import Value
 from carv.world.cameras import VIEW_WORDS
@@ -83,13 +84,13 @@ def model_card(facts: dict[str, Any]) -> str:
     """README.md of the pipeline's folder from the facts that `quality.json` holds."""
     config, quality = facts["config"], facts["quality"]
     rows = [
-        _row(title, [quality[split][name] for split in ("trained", "held_out", "renders")])
+        row(title, [quality[split][name] for split in ("trained", "held_out", "renders")], _cell)
         for name, title in _MEASURES.items()
     ]
     decoded = facts["autoencoder_psnr"]
-    rows.append(_row("autoencoder, PSNR in dB, unseen cameras", [decoded["trained"], decoded["held_out"], None]))
+    rows.append(row("autoencoder, PSNR in dB, unseen cameras", [decoded["trained"], decoded["held_out"], None], _cell))
     return _HEAD.format(
-        millions=facts["weights"] / 1e6,
+        **run_fields(facts),
         image=facts["sizes"]["image"],
         latent=facts["latent"],
         shapes=", ".join(SHAPES),
@@ -99,25 +100,9 @@ def model_card(facts: dict[str, Any]) -> str:
         count=config["views"],
         held_out=", ".join(str(Prompt(colour, shape)) for shape, colour in HELD_OUT),
         drop=config["drop_captions"],
-        stages="\n".join(_stage_row(name, stage) for name, stage in facts["stages"].items()),
-        machine=f"{facts['device']}, {facts['threads']} CPU thread(s)",
-        torch=facts["torch"],
-        size=config["size"],
-        seed=config["seed"],
-        steps=" ".join(f"--{name}-steps {stage['steps']}" for name, stage in facts["stages"].items()),
-        sampling=config["sampling_steps"],
         scale=config["guidance_scale"],
         quality="\n".join(rows),
     )
-
-
-def _stage_row(name: str, stage: dict[str, Any]) -> str:
-    loss = f"{stage['loss']:.4f} +- {stage['loss_standard_error']:.4f}"
-    return f"| {name} | {stage['steps']} | {stage['batch']} | {stage['minutes']:.1f} | {loss} |"
-
-
-def _row(title: str, values: list[Value | None]) -> str:
-    return f"| {title} | " + " | ".join("" if value is None else _cell(value) for value in values) + " |"
 
 
 def _cell(value: Value) -> str:

@@ -109,6 +109,16 @@ def stratified_timesteps(count: int, rng: Stream) -> Int[Tensor, "count"]:
     return (STEPS * uniform / count).long().clamp(max=STEPS - 1)
 
 
+def noised(
+    z: Float[Tensor, "B 4 s s"], alpha_squared: Float[Tensor, "B"], rng: Stream
+) -> tuple[Float[Tensor, "B 4 s s"], Float[Tensor, "B 4 s s"]]:
+    """z_t = alpha z + sigma eps and v = alpha eps - sigma z, with eps from the stream and sigma^2 = 1 - alpha^2."""
+    noise = torch.randn(z.shape, generator=rng.generator())
+    alpha_squared = alpha_squared[:, None, None, None]
+    alpha, sigma = alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
+    return alpha * z + sigma * noise, alpha * noise - sigma * z
+
+
 @dataclass(frozen=True)
 class DenoiserLoss:
     """|v' - v|^2, a mean over entries, with v = alpha eps - sigma z and z_t = alpha z + sigma eps.
@@ -147,11 +157,7 @@ class DenoiserLoss:
         which = self.pictures.batch(step, self.batch, self.rng)
         ids = self.ids[draw_captions(self.pictures.world, which, self.drop, rng)]
         t = stratified_timesteps(self.batch, rng)
-        z = self.latents[which]
-        noise = torch.randn(z.shape, generator=rng.child("noise").generator())
-        alpha_squared = self.alphas_cumprod[t][:, None, None, None]
-        alpha, sigma = alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
-        noisy, v = alpha * z + sigma * noise, alpha * noise - sigma * z
+        noisy, v = noised(self.latents[which], self.alphas_cumprod[t], rng.child("noise"))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             predicted = self.model(noisy.to(self.device), t.to(self.device), ids.to(self.device))
         return functional.mse_loss(predicted.float(), v.to(self.device))

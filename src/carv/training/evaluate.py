@@ -13,7 +13,7 @@ from torch import Tensor
 
 from carv.clip import Value as Value  # the card names it here
 from carv.clip import average, clip_score, r_precision, share, similarities
-from carv.extras import require
+from carv.extras import require, without_progress_bars
 from carv.rng import Stream
 from carv.training.autoencoder import psnr
 from carv.training.data import HELD_OUT, caption_number, held_out
@@ -42,9 +42,10 @@ class Sampling:
 
 def load_pipeline(folder: Path, device: torch.device) -> Any:
     """The saved pipeline in float32, without its progress bar."""
-    pipeline = require("diffusers", "diffusers").StableDiffusionPipeline.from_pretrained(
-        folder, local_files_only=True, safety_checker=None, requires_safety_checker=False
-    )
+    with without_progress_bars():
+        pipeline = require("diffusers", "diffusers").StableDiffusionPipeline.from_pretrained(
+            folder, local_files_only=True, safety_checker=None, requires_safety_checker=False
+        )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device, torch.float32)
 

@@ -64,6 +64,12 @@ class Progress:
     seconds: float
     average: dict[str, Tensor]
 
+    def facts(self, batch: int) -> dict[str, float]:
+        """What quality.json says of the stage; its losses by their last mean and that one's standard error."""
+        loss, error = recent_loss(self.losses)
+        counts = {"steps": self.done, "batch": batch, "minutes": self.seconds / 60}
+        return counts | {"loss": loss, "loss_standard_error": error}
+
 
 def learning_rate(step: int, planned: int, highest: float) -> float:
     """Rises linearly over `WARM_UP` steps, then falls linearly to 0 at the last of the planned steps.

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import json
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from carv.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint, write_whole
+from carv.checkpoint import load_checkpoint, save_checkpoint
 from carv.devices import find_device
 from carv.extras import require
-from carv.provenance import provenance
 from carv.rng import Stream, stream
 from carv.training.autoencoder import AutoencoderLoss, build_autoencoder, encode, standardise
 from carv.training.card import model_card
@@ -26,17 +20,21 @@ from carv.training.config import STAGE_SHARES, TrainConfig
 from carv.training.data import all_pictures, training_pictures
 from carv.training.denoiser import Denoiser, DenoiserLoss, build_scheduler, build_text_encoder, build_unet
 from carv.training.evaluate import Judge, Sampling, load_pipeline, reconstruction_quality, sample_quality, write_sheets
-from carv.training.loop import Progress, Say, Stage, fit, recent_loss
+from carv.training.loop import Progress, Say
+from carv.training.stages import (
+    CHECKPOINTS,
+    fit_stage,
+    forget,
+    initialised_from,
+    run_facts,
+    say_on_stderr,
+    weight_count,
+    write_facts,
+)
 from carv.training.tokenizer import build_tokenizer, caption_ids
 from carv.world.dataset import WorldDataset, load_world
 
-CHECKPOINTS, QUALITY = "training", "quality.json"
 _UNSEEN_VIEWS = 8
-
-
-def say_on_stderr(line: str) -> None:
-    """One line for people, at once."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def train(config: TrainConfig, out: Path, overwrite: bool = False, say: Say = say_on_stderr) -> dict[str, Any]:
@@ -62,7 +60,7 @@ def train(config: TrainConfig, out: Path, overwrite: bool = False, say: Say = sa
     device = find_device(config.device)
     checkpoints = out / CHECKPOINTS
     if overwrite:
-        _forget(checkpoints)
+        forget(checkpoints, (*STAGE_SHARES, "latents"))
     run = Run(config, checkpoints, device, _world(config, config.views, config.seed, say), say)
     networks = run.networks()
     save_pipeline(networks, out)
@@ -70,9 +68,7 @@ def train(config: TrainConfig, out: Path, overwrite: bool = False, say: Say = sa
     say("measuring the saved pipeline")
     unseen = _world(config, _UNSEEN_VIEWS, config.seed + 1, say)
     facts = run.facts(networks) | measure(config, out, networks, unseen, device)
-    write_whole(out / QUALITY, (json.dumps(facts, indent=1) + "\n").encode())
-    write_whole(out / "README.md", model_card(facts).encode())
-    return facts
+    return write_facts(out, facts, model_card)
 
 
 @dataclass(frozen=True)
@@ -192,10 +188,7 @@ class Run:
         return model, self._fit("clip", model, loss)
 
     def _fit(self, name: str, model: Any, loss: Any) -> Progress:
-        config = self.config
-        steps, rate = getattr(config, f"{name}_steps"), getattr(config, f"{name}_rate")
-        stage = Stage(name, model, loss, rate, steps, config.minutes * STAGE_SHARES[name])
-        return fit(stage, self.checkpoints, config.to_json(), self.say)
+        return fit_stage(name, model, loss, self.config, STAGE_SHARES[name], self.checkpoints, self.say)
 
     def rng(self, name: str) -> Stream:
         """The stage's stream: its weights, batches and noise."""
@@ -203,35 +196,9 @@ class Run:
 
     def facts(self, networks: Networks) -> dict[str, Any]:
         """What quality.json says about how the networks were made."""
-        sizes = self.config.sizes
-        parts = (networks.vae, networks.text_encoder, networks.unet)
-        stages = {}
-        for name, progress in networks.progress.items():
-            loss, error = recent_loss(progress.losses)
-            stages[name] = {
-                "steps": progress.done,
-                "batch": getattr(sizes, f"{name}_batch"),
-                "minutes": progress.seconds / 60,
-                "loss": loss,
-                "loss_standard_error": error,
-            }
-        return {
-            "config": dataclasses.asdict(self.config),
-            "sizes": dataclasses.asdict(sizes),
-            "latent": sizes.latent,
-            "pictures": len(self.world),
-            "weights": sum(parameter.numel() for part in parts for parameter in part.parameters()),
-            "stages": stages,
-            **provenance(self.device),
-        }
-
-
-@contextlib.contextmanager
-def initialised_from(rng: Stream) -> Iterator[None]:
-    """Networks built inside get their weights from this stream, and torch's global generator is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int.from_bytes(rng.child("weights").digest(4), "little"))
-        yield
+        latent, pictures = self.config.sizes.latent, len(self.world)
+        weights = weight_count(networks.vae, networks.text_encoder, networks.unet)
+        return run_facts(self.config, networks.progress, self.device, latent=latent, pictures=pictures, weights=weights)
 
 
 def _world(config: TrainConfig, views: int, seed: int, say: Say) -> WorldDataset:
@@ -240,8 +207,3 @@ def _world(config: TrainConfig, views: int, seed: int, say: Say) -> WorldDataset
             say(f"rendering {views} views of each object, once: {done} of {total} shapes")
 
     return load_world(config.sizes.image, views, seed, progress=progress)
-
-
-def _forget(checkpoints: Path) -> None:
-    for name in (*STAGE_SHARES, "latents"):
-        (checkpoints / name / CHECKPOINT).unlink(missing_ok=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from carv.extras import require
 from carv.rng import Stream
+from carv.training.autoencoder import decoded_sample
 from carv.training.clips.config import ClipsSizes
 from carv.world.clips import Clips
 
@@ -85,15 +86,9 @@ class AutoencoderLoss:
         """The loss of a step."""
         rng = self.rng.child("step", step)
         videos = self._pieces(rng).to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            posterior = self.vae.encode(videos).latent_dist
-        mean, log_variance = posterior.mean.float(), posterior.logvar.float()
-        noise = torch.randn(mean.shape, generator=rng.child("noise").generator()).to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            decoded = self.vae.decode(mean + (0.5 * log_variance).exp() * noise).sample
-        error = decoded.float() - videos
+        decoded, divergence = decoded_sample(self.vae, videos, rng.child("noise"), self.bf16)
+        error = decoded - videos
         edges: Tensor = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-        divergence: Tensor = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
         pixels: Tensor = error.abs().mean() + _SQUARES * error.square().mean()
         return pixels + _EDGES * edges + _KL * divergence
 

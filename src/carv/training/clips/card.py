@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from carv.training.card_rows import row, run_fields
 from carv.training.clips.denoiser import SHIFT
 from carv.training.clips.evaluate import Value
 from carv.training.clips.text import LENGTH
@@ -91,36 +92,24 @@ def model_card(facts: dict[str, Any]) -> str:
     """README.md of the pipeline's folder from the facts that `quality.json` holds."""
     config, quality = facts["config"], facts["quality"]
     return _HEAD.format(
-        millions=facts["weights"] / 1e6,
+        **run_fields(facts),
         lengths=", ".join(map(str, LENGTHS)),
         length=LENGTH,
         motions=", ".join(MOTIONS),
         backgrounds=", ".join(BACKGROUNDS),
         clips=config["clips"],
-        seed=config["seed"],
-        size=config["size"],
-        steps=" ".join(f"--{name}-steps {stage['steps']}" for name, stage in facts["stages"].items()),
         judge_clips=config["judge_clips"],
         channels=facts["sizes"]["channels"],
         shift=SHIFT,
         drop=config["drop_captions"],
-        stages="\n".join(_stage_row(name, stage) for name, stage in facts["stages"].items()),
-        machine=f"{facts['device']}, {facts['threads']} CPU thread(s)",
-        torch=facts["torch"],
-        sampling=config["sampling_steps"],
         scale=config["guidance_scale"],
         each=config["samples_per_caption"],
         quality="\n".join(
-            f"| {title} | " + " | ".join(_cell(quality[kind][name]) for kind in ("samples", "decoded", "unseen")) + " |"
+            row(title, [quality[kind][name] for kind in ("samples", "decoded", "unseen")], _cell)
             for name, title in _MEASURES.items()
         ),
         psnr=facts["autoencoder_psnr"],
     )
-
-
-def _stage_row(name: str, stage: dict[str, Any]) -> str:
-    loss = f"{stage['loss']:.4f} +- {stage['loss_standard_error']:.4f}"
-    return f"| {name} | {stage['steps']} | {stage['batch']} | {stage['minutes']:.1f} | {loss} |"
 
 
 def _cell(value: Value) -> str:

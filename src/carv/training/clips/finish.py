@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from carv.rng import Stream
+from carv.training.autoencoder import decoded_sample
 from carv.training.clips.latents import draw_batch
 from carv.world.clips import Clips
 
@@ -47,17 +48,11 @@ class FinishLoss:
         places = draw_batch(self.clips.lengths, self.batch, rng)
         videos = 2 * torch.stack([self.clips.video(i) for i in places]).to(self.device) - 1
         weight = digit_weights(torch.stack([self.clips.masks[i] for i in places])).to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            posterior = self.vae.encode(videos).latent_dist
-        mean, log_variance = posterior.mean.float(), posterior.logvar.float()
-        noise = torch.randn(mean.shape, generator=rng.child("noise").generator()).to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            decoded = self.vae.decode(mean + (0.5 * log_variance).exp() * noise).sample
-        error = decoded.float() - videos
+        decoded, divergence = decoded_sample(self.vae, videos, rng.child("noise"), self.bf16)
+        error = decoded - videos
         pixels: Tensor = (weight * (error.abs() + _SQUARES * error.square())).mean()
         across: Tensor = (weight[..., 1:] * error.diff(dim=-1).abs()).mean()
         down: Tensor = (weight[..., 1:, :] * error.diff(dim=-2).abs()).mean()
-        divergence: Tensor = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
         return pixels + _EDGES * (across + down) + _KL * divergence
 
 

@@ -20,7 +20,7 @@ from carv.training.clips.evaluate import load_pipeline
 from carv.training.clips.latents import LatentClips, latent_clips
 from carv.training.clips.text import caption_ids, text_states
 from carv.training.loop import Say, Stage, fit
-from carv.training.train import initialised_from
+from carv.training.stages import initialised_from
 from carv.world.clips import Clips
 
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from carv.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint, write_whole
+from carv.checkpoint import load_checkpoint, save_checkpoint
 from carv.devices import find_device
 from carv.extras import require, without_progress_bars
-from carv.provenance import provenance
 from carv.rng import Stream, stream
 from carv.training.clips.autoencoder import AutoencoderLoss, build_autoencoder, encode, standardise
 from carv.training.clips.card import model_card
@@ -24,11 +22,20 @@ from carv.training.clips.finish import FinishLoss
 from carv.training.clips.judge import ClipJudge, JudgeLoss
 from carv.training.clips.latents import LatentClips, latent_clips
 from carv.training.clips.text import build_text_encoder, build_tokenizer, caption_ids
-from carv.training.loop import Progress, Say, Stage, fit, recent_loss
-from carv.training.train import initialised_from, say_on_stderr
+from carv.training.loop import Progress, Say
+from carv.training.stages import (
+    CHECKPOINTS,
+    fit_stage,
+    forget,
+    initialised_from,
+    run_facts,
+    say_on_stderr,
+    weight_count,
+    write_facts,
+)
 from carv.world.clips import Clips, make_clips
 
-CHECKPOINTS, JUDGE, QUALITY, SAMPLES = "training", "judge", "quality.json", "samples"
+JUDGE, SAMPLES = "judge", "samples"
 
 
 def train(config: ClipsConfig, out: Path, overwrite: bool = False, say: Say = say_on_stderr) -> dict[str, Any]:
@@ -53,18 +60,14 @@ def train(config: ClipsConfig, out: Path, overwrite: bool = False, say: Say = sa
     """
     device = find_device(config.device)
     if overwrite:
-        for name in (*STAGE_SHARES, "latents"):
-            (out / CHECKPOINTS / name / CHECKPOINT).unlink(missing_ok=True)
+        forget(out / CHECKPOINTS, (*STAGE_SHARES, "latents"))
     say(f"making {config.clips} clips")
     run = Run(config, out / CHECKPOINTS, device, make_clips(config.clips, config.seed), say)
     networks = run.networks()
     save_pipeline(networks, out)
     networks.judge.cpu().save(out / JUDGE)
     say("measuring the saved pipeline")
-    facts = run.facts(networks) | measure_folder(config, out, device)
-    write_whole(out / QUALITY, (json.dumps(facts, indent=1) + "\n").encode())
-    write_whole(out / "README.md", model_card(facts).encode())
-    return facts
+    return write_facts(out, run.facts(networks) | measure_folder(config, out, device), model_card)
 
 
 @dataclass(frozen=True)
@@ -180,10 +183,7 @@ class Run:
         return judge, self._fit("judge", judge, JudgeLoss(judge, clips, config.sizes.judge_batch, rng, self.device))
 
     def _fit(self, name: str, model: Any, loss: Any) -> Progress:
-        config = self.config
-        steps, rate = getattr(config, f"{name}_steps"), getattr(config, f"{name}_rate")
-        stage = Stage(name, model, loss, rate, steps, config.minutes * STAGE_SHARES[name])
-        return fit(stage, self.checkpoints, config.to_json(), self.say)
+        return fit_stage(name, model, loss, self.config, STAGE_SHARES[name], self.checkpoints, self.say)
 
     def rng(self, name: str) -> Stream:
         """The stage's stream: its weights, batches and noise."""
@@ -191,22 +191,5 @@ class Run:
 
     def facts(self, networks: Networks) -> dict[str, Any]:
         """What quality.json says about how the networks were made."""
-        sizes = self.config.sizes
-        parts = (networks.vae, networks.text_encoder, networks.transformer)
-        stages = {}
-        for name, progress in networks.progress.items():
-            loss, error = recent_loss(progress.losses)
-            stages[name] = {
-                "steps": progress.done,
-                "batch": getattr(sizes, f"{name}_batch"),
-                "minutes": progress.seconds / 60,
-                "loss": loss,
-                "loss_standard_error": error,
-            }
-        return {
-            "config": dataclasses.asdict(self.config),
-            "sizes": dataclasses.asdict(sizes),
-            "weights": sum(parameter.numel() for part in parts for parameter in part.parameters()),
-            "stages": stages,
-            **provenance(self.device),
-        }
+        weights = weight_count(networks.vae, networks.text_encoder, networks.transformer)
+        return run_facts(self.config, networks.progress, self.device, weights=weights)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from carv.clip import Value
+from carv.training.card_rows import row, run_fields
 from carv.training.digits.config import GUIDANCE_SCALES
 from carv.training.digits.data import MOVE, SCALE, SHEAR, TURN
 
@@ -90,9 +91,9 @@ def model_card(facts: dict[str, Any]) -> str:
     """README.md of the pipeline's folder from the facts that `quality.json` holds."""
     config, sizes, quality = facts["config"], facts["sizes"], facts["quality"]
     columns = [*(f"{scale:g}" for scale in GUIDANCE_SCALES), "real"]
-    rows = [_row(title, [quality[column].get(name) for column in columns]) for name, title in _MEASURES.items()]
+    rows = [row(title, [quality[column].get(name) for column in columns], _cell) for name, title in _MEASURES.items()]
     return _HEAD.format(
-        millions=facts["weights"] / 1e6,
+        **run_fields(facts),
         image=sizes["image"],
         latent=facts["latent"],
         train=facts["pictures"]["train"],
@@ -107,13 +108,6 @@ def model_card(facts: dict[str, Any]) -> str:
         width=sizes["heads"] * sizes["head_width"],
         patch=sizes["patch"],
         drop=config["drop_classes"],
-        stages="\n".join(_stage_row(name, stage) for name, stage in facts["stages"].items()),
-        machine=f"{facts['device']}, {facts['threads']} CPU thread(s)",
-        torch=facts["torch"],
-        size=config["size"],
-        seed=config["seed"],
-        steps=" ".join(f"--{name}-steps {stage['steps']}" for name, stage in facts["stages"].items()),
-        sampling=config["sampling_steps"],
         samples=10 * config["samples_per_class"],
         each=config["samples_per_class"],
         real=quality["real"]["accuracy"]["count"],
@@ -125,15 +119,6 @@ def model_card(facts: dict[str, Any]) -> str:
         judge=_cell(facts["judge_accuracy"]),
         psnr=_cell(facts["autoencoder_psnr"]),
     )
-
-
-def _stage_row(name: str, stage: dict[str, Any]) -> str:
-    loss = f"{stage['loss']:.4f} +- {stage['loss_standard_error']:.4f}"
-    return f"| {name} | {stage['steps']} | {stage['batch']} | {stage['minutes']:.1f} | {loss} |"
-
-
-def _row(title: str, values: list[Value | None]) -> str:
-    return f"| {title} | " + " | ".join("" if value is None else _cell(value) for value in values) + " |"
 
 
 def _cell(value: Value) -> str:

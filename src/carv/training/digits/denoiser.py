@@ -13,7 +13,7 @@ from torch.nn import functional
 from carv.extras import require
 from carv.rng import Stream
 from carv.training.autoencoder import LATENT_CHANNELS
-from carv.training.denoiser import STEPS, stratified_timesteps
+from carv.training.denoiser import STEPS, noised, stratified_timesteps
 from carv.training.digits.config import DigitsSizes
 from carv.training.digits.data import AugmentedDigits
 from carv.world.digits import CLASSES
@@ -114,11 +114,7 @@ class DitLoss:
         which = self.pictures.batch(step, self.batch, self.rng)
         label = self.drawn_classes(which, rng)
         t = stratified_timesteps(self.batch, rng)
-        z = self.latents[which]
-        noise = torch.randn(z.shape, generator=rng.child("noise").generator())
-        alpha_squared = self.alphas_cumprod[t][:, None, None, None]
-        alpha, sigma = alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
-        noisy, v = alpha * z + sigma * noise, alpha * noise - sigma * z
+        noisy, v = noised(self.latents[which], self.alphas_cumprod[t], rng.child("noise"))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             predicted = self.network(
                 noisy.to(self.device), timestep=t.to(self.device), class_labels=label.to(self.device)

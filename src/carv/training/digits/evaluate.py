@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from carv.clip import Value, average, share
-from carv.extras import require
+from carv.extras import require, without_progress_bars
 from carv.judge import Judge, Moments, frechet_distance, frechet_error, nearest_distance, pairwise_distance
 from carv.rng import Stream
 from carv.training.autoencoder import psnr
@@ -28,7 +28,8 @@ _GROUPS = 20
 
 def load_pipeline(folder: Path, device: torch.device) -> Any:
     """The saved pipeline in float32, without its progress bar."""
-    pipeline = require("diffusers", "diffusers").DiTPipeline.from_pretrained(folder, local_files_only=True)
+    with without_progress_bars():
+        pipeline = require("diffusers", "diffusers").DiTPipeline.from_pretrained(folder, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device, torch.float32)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from carv.checkpoint import CHECKPOINT, write_whole
+from carv.checkpoint import write_whole
 from carv.devices import find_device
 from carv.extras import require
 from carv.judge import Judge, JudgeNetwork
-from carv.provenance import provenance
 from carv.rng import Stream, stream
 from carv.training.autoencoder import AutoencoderLoss, build_autoencoder, encode, standardise
 from carv.training.digits.card import model_card
@@ -32,8 +30,17 @@ from carv.training.digits.evaluate import (
     write_samples,
 )
 from carv.training.digits.judge import JudgeLoss, judge_config
-from carv.training.loop import Progress, Say, Stage, fit, recent_loss
-from carv.training.train import CHECKPOINTS, QUALITY, initialised_from, say_on_stderr
+from carv.training.loop import Progress, Say
+from carv.training.stages import (
+    CHECKPOINTS,
+    fit_stage,
+    forget,
+    initialised_from,
+    run_facts,
+    say_on_stderr,
+    weight_count,
+    write_facts,
+)
 from carv.world.digits import CLASSES, load_digits
 
 JUDGE, SAMPLES = "judge", "samples.png"
@@ -62,8 +69,7 @@ def train(config: DigitsConfig, out: Path, overwrite: bool = False, say: Say = s
     """
     device = find_device(config.device)
     if overwrite:
-        for name in STAGE_SHARES:
-            (out / CHECKPOINTS / name / CHECKPOINT).unlink(missing_ok=True)
+        forget(out / CHECKPOINTS, STAGE_SHARES)
     rng = stream(config.seed, "training", "digits")
     pictures = augmented(load_digits("train"), config.sizes.copies, rng.child("copies"))
     run = Run(config, out / CHECKPOINTS, device, pictures, rng, say)
@@ -72,9 +78,7 @@ def train(config: DigitsConfig, out: Path, overwrite: bool = False, say: Say = s
     networks.judge.save(out / JUDGE)
     say("measuring the saved pipeline")
     facts = run.facts(networks) | measure(config, out, pictures, device, rng.child("samples"))
-    write_whole(out / QUALITY, (json.dumps(facts, indent=1) + "\n").encode())
-    write_whole(out / "README.md", model_card(facts).encode())
-    return facts
+    return write_facts(out, facts, model_card)
 
 
 @dataclass(frozen=True)
@@ -197,39 +201,17 @@ class Run:
         return Judge(network, shape), progress
 
     def _fit(self, name: str, model: Any, loss: Any) -> Progress:
-        config = self.config
-        steps, rate = getattr(config, f"{name}_steps"), getattr(config, f"{name}_rate")
-        stage = Stage(name, model, loss, rate, steps, config.minutes * STAGE_SHARES[name])
-        return fit(stage, self.checkpoints, config.to_json(), self.say)
+        return fit_stage(name, model, loss, self.config, STAGE_SHARES[name], self.checkpoints, self.say)
 
     def facts(self, networks: Networks) -> dict[str, Any]:
         """What quality.json says about how the networks were made."""
-        sizes = self.config.sizes
-        stages = {}
-        for name, progress in networks.progress.items():
-            loss, error = recent_loss(progress.losses)
-            stages[name] = {
-                "steps": progress.done,
-                "batch": getattr(sizes, f"{name}_batch"),
-                "minutes": progress.seconds / 60,
-                "loss": loss,
-                "loss_standard_error": error,
-            }
-        return {
-            "config": dataclasses.asdict(self.config),
-            "sizes": dataclasses.asdict(sizes),
-            "latent": sizes.latent,
-            "weights": learned_weights(networks),
-            "stages": stages,
-            **provenance(self.device),
-        }
+        latent, weights = self.config.sizes.latent, learned_weights(networks)
+        return run_facts(self.config, networks.progress, self.device, latent=latent, weights=weights)
 
 
 def learned_weights(networks: Networks) -> int:
     """How many weights the pipeline has, without the rows of its tables for classes that are no digits."""
-    parts = (networks.vae, networks.transformer)
-    total: int = sum(parameter.numel() for part in parts for parameter in part.parameters())
     blocks = networks.transformer.transformer_blocks
     tables = [block.norm1.emb.class_embedder.embedding_table for block in blocks]
     unused: int = sum((table.num_embeddings - CLASSES - 1) * table.embedding_dim for table in tables)
-    return total - unused
+    return weight_count(networks.vae, networks.transformer) - unused

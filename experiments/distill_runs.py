@@ -14,7 +14,7 @@ from typing import TypeAlias
 import numpy as np
 from distill_curves import Histories, History
 from distill_setting import DIGITS, DistillSetting, digest
-from sds_pilots import _alone as alone
+from locks import alone
 
 from carv.checkpoint import write_whole
 from carv.console import Report

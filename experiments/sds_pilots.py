@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
 from latent_residual import LatentResidual
+from locks import alone
 from sds_setting import Setting
 
 from carv.checkpoint import load_checkpoint, save_checkpoint, write_whole
@@ -52,7 +51,7 @@ def checkpoints(setting: Setting, subject: Subject, guidance_scale: float | None
     config = setting.run(*subject, guidance_scale)
     folder = _run_folder(setting, config)
     folders = {step: folder / f"step-{step}" for step in setting.checkpoints}
-    with _alone(folder):
+    with alone(folder):
         _check_teacher(folder, config.teacher)
         _train(config, folders)
     return folders
@@ -69,7 +68,7 @@ def _each(setting: Setting, guidance_scale: float | None, step: int | None, make
     for wait in (False, True):
         for prompt, seed in (subject for subject in subjects if subject not in found):
             folder = _run_folder(setting, setting.run(prompt, seed, guidance_scale))
-            with _alone(folder / "pilots", wait) as mine:
+            with alone(folder / "pilots", wait) as mine:
                 if mine:
                     at = checkpoints(setting, (prompt, seed), guidance_scale)[step or setting.steps]
                     found[prompt, seed] = make(at, setting.pilot_of(prompt, seed))
@@ -152,16 +151,3 @@ def _check_teacher(folder: Path, teacher: str) -> None:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-@contextmanager
-def _alone(folder: Path, wait: bool = True) -> Iterator[bool]:
-    """Whether this process alone works in the folder; the lock ends with the process, however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True

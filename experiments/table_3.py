@@ -20,9 +20,9 @@ import tyro
 from distill_phases import RENDERS, draws, phase_costs
 from distill_runs import step_costs, trainer_of, weights_digest
 from distill_setting import Coupling, digest
+from locks import alone
 from nested import Replicates
 from records import publish
-from sds_pilots import _alone as alone
 from table_3_record import DESIGNS, QUANTITIES, Found, Settings, record
 from torch import Tensor
 

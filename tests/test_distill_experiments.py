@@ -21,7 +21,9 @@ from carv.tasks.distill.run import HISTORY, run
 from carv.tasks.distill.train import load_teacher
 from carv.variance.values import Value
 
-diffusers = pytest.importorskip("diffusers")
+from tiny_pipelines import dit_nowhere_zero
+
+pytest.importorskip("diffusers")
 pytest.importorskip("sklearn")
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 distill_curves, distill_phases, distill_runs, distill_setting, fig_26_27, nested, paper, table_3 = (
@@ -47,21 +49,10 @@ def teacher(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("teacher") / "dit"
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = diffusers.DiTTransformer2DModel(
-            num_attention_heads=2, attention_head_dim=4, in_channels=4, out_channels=4, num_layers=1, sample_size=8,
-            num_embeds_ada_norm=10,
-        )  # fmt: skip
-        for parameter in network.parameters():
-            if bool((parameter == 0).all()):
-                torch.nn.init.normal_(parameter, std=0.2)
-        vae = diffusers.AutoencoderKL(
-            block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4,
-        )  # fmt: skip
+        pipeline = dit_nowhere_zero(10, layers=1)
         config = JudgeConfig(width=8, features=8)
         judge = Judge(JudgeNetwork(config), config)
-    scheduler = diffusers.DDIMScheduler(beta_schedule="linear", clip_sample=False, prediction_type="v_prediction")
-    diffusers.DiTPipeline(network, vae, scheduler).save_pretrained(folder)
+    pipeline.save_pretrained(folder)
     judge.save(folder / "judge")
     return folder
 

@@ -15,7 +15,8 @@ import torch.multiprocessing as mp
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from carv.checkpoint import CHECKPOINT, RunFolderError
+from carv.checkpoint import CHECKPOINT, RunFolderError, read_checkpoint, save_checkpoint
+from carv.problems import ProblemConfig, load_problem
 from carv.rng import stream
 from carv.tasks.distill import run as run_module
 from carv.tasks.distill.config import DistillConfig, TermEstimator
@@ -24,7 +25,8 @@ from carv.tasks.distill.networks import Classes
 from carv.tasks.distill.run import HISTORY, restore, run, summary
 from carv.tasks.distill.train import Trainer
 from carv.teachers.diffusers import DiffusersTeacher
-from test_distill import CLASSES, tiny_dit
+
+from distillations import CLASSES, shaken, tiny_dit
 
 
 @pytest.fixture(scope="module")
@@ -290,3 +292,16 @@ def test_two_processes_make_the_run_of_one_with_twice_the_renders(config, tmp_pa
         assert apart < 1e-4 * moved
     torch.testing.assert_close(one["adaptive.generator.sum"], two["adaptive.generator.sum"], rtol=1e-3, atol=0)
     assert history(tmp_path / "two")[-1]["norm"] == pytest.approx(history(tmp_path / "one")[-1]["norm"], rel=1e-4)
+
+
+def test_distill_is_measured_at_the_checkpoint_of_a_run_which_is_read_once(config, folder, tmp_path, monkeypatch):
+    trainer, reads = Trainer(config, DiffusersTeacher.from_pretrained(folder)), []
+    shaken(trainer.dmd.fake, 1)
+    save_checkpoint(tmp_path, trainer.state_dict(), config.to_json())
+    monkeypatch.setattr("carv.problems.read_checkpoint", lambda out: reads.append(out) or read_checkpoint(out))
+    monkeypatch.delattr(run_module, "read_checkpoint")
+    problem = load_problem(ProblemConfig("distill", run=tmp_path))
+    assert reads == [tmp_path]
+    assert problem.fingerprint["checkpoint"]
+    assert_same(problem.task.fake.state_dict(), trainer.dmd.fake.state_dict())
+    assert not problem.task.classes.balance  # the pilot's upstream states are independent

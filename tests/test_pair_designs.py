@@ -15,6 +15,7 @@ from carv.variance.pairs import Targets
 from carv.variance.predict import pair_proposal, predict
 from carv.variance.tables import Tables
 
+from comparisons import z_score
 from laws import PRACTICE, RANGE, ramp
 
 CPU = torch.device("cpu")
@@ -48,11 +49,6 @@ DESIGNS = {
     "optimal, same marginals": pairs.optimal(TARGETS, pairs.marginals(TARGETS)),
     "optimal": pairs.optimal_free(TARGETS, iterations=200),
 }
-
-
-def z_score(samples, value):
-    samples = np.asarray(samples)
-    return (samples.mean() - value) / (samples.std(ddof=1) / len(samples) ** 0.5)
 
 
 def toy_estimates(design, count, renders=1, seed=1):

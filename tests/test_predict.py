@@ -16,6 +16,7 @@ from carv.variance.jackknife import Jackknifed, derived
 from carv.variance.predict import gain, grid, oracle_proposal, paper_methods, predict
 from carv.variance.tables import Tables
 
+from comparisons import z_score
 from laws import COUPLINGS, RANGE, ramp
 
 TOY = GaussianToy(dim=4, gain_std=0.15)
@@ -45,11 +46,6 @@ def short():
 def uniforms(coupling, renders, renoise):
     rng = stream(5, coupling, renders, renoise).generator()
     return torch.stack([COUPLINGS[coupling](renders, renoise, rng, torch.device("cpu")) for _ in range(REPETITIONS)])
-
-
-def z_score(samples, value):
-    samples = np.asarray(samples)
-    return (samples.mean() - value) / (samples.std(ddof=1) / len(samples) ** 0.5)
 
 
 def simulate(coupling, law, renders, renoise, antithetic):

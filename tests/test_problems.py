@@ -113,6 +113,18 @@ def test_sds_is_measured_at_the_checkpoint_of_a_run(tmp_path):
         load_problem(ProblemConfig("sds", run=tmp_path / "absent"))
 
 
+def test_a_folder_is_loaded_once_and_anew_when_its_checkpoint_is_another(tmp_path):
+    config = SDSConfig("a red chair", teacher="world", field="voxel", size=16, resolution=8, samples=4)
+    trainer, found = Trainer(config, world_teacher(config)), []
+    for _ in range(2):
+        trainer.step()
+        save_checkpoint(tmp_path, trainer.state_dict(), config.to_json())
+        found.append(load_problem(ProblemConfig("sds", run=tmp_path)))
+        assert load_problem(ProblemConfig("sds", run=tmp_path)) is found[-1]
+        assert torch.equal(found[-1].task.field.density, trainer.field.density)
+    assert found[0].fingerprint != found[1].fingerprint
+
+
 def test_a_pilots_folder_gives_back_what_was_measured(tmp_path):
     record = run_pilot(ProblemConfig(), PilotConfig(renders=5, bins=4, repetitions=6), tmp_path, quiet=True)
     loaded = PilotRecord.load(tmp_path)

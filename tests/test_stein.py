@@ -6,77 +6,32 @@ that an estimate takes a millisecond.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from carv import weights
 from carv.density import ShiftedUniform, uniform_steps
 from carv.estimator import HierarchicalEstimator
 from carv.gradient import Renders
-from carv.proposals import defensive, proportional
-from carv.rng import Stream, stream
+from carv.rng import stream
 from carv.sampler import TimestepSampler
 from carv.schedule import NoiseSchedule
-from carv.strata import COUPLINGS
 from carv.tasks.sds.stein import Stein, _with_gradient
 from carv.tasks.sds.task import SDS, RenderState
-from carv.teachers.exact import ExactTeacher
-from carv.variance.bias import BiasReport, bias_test
 from carv.variance.measure import measure
 from carv.variance.stopping import fixed_count
 from carv.variance.values import Value, ratio
 from carv.world.cameras import WORLD_RANGE
 
-SCHEDULE = NoiseSchedule.scaled_linear()
-WEIGHT = weights.sds(SCHEDULE)
-BASE = uniform_steps(20, 980)
-IW = proportional(BASE, WEIGHT)
-PAST = stream(7, "past")
-
-
-class Picture(nn.Module):
-    """A field of 3 size^2 parameters: each entry of a picture is one of them, seen through the camera's azimuth."""
-
-    def __init__(self, size: int = 2) -> None:
-        super().__init__()
-        self.value = nn.Parameter(torch.linspace(-1.5, 1.5, 3 * size**2).view(3, size, size))
-
-    def forward(self, cameras: Any, size: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        azimuth = cameras.azimuth.float().view(-1, 1, 1, 1)
-        rgb = torch.sigmoid(self.value * (1 + 0.3 * torch.sin(azimuth)))
-        return rgb, torch.ones_like(rgb[:, :1])
-
-
-def few_images(images: Tensor, bandwidth: float, schedule: NoiseSchedule = SCHEDULE) -> ExactTeacher:
-    """The exact teacher of some images; "red" means the first half of them, or the only one."""
-
-    def select(prompt: str) -> Tensor:
-        first_half = torch.arange(len(images)) < (len(images) + 1) // 2
-        return first_half if prompt.startswith("red") else torch.ones(len(images), dtype=torch.bool)
-
-    return ExactTeacher(images, schedule, select, bandwidth)
-
-
-def distillation(guidance: float = 3.0, schedule: NoiseSchedule = SCHEDULE) -> SDS:
-    images = torch.randn(6, 3, 2, 2, generator=stream(0, "images").generator())
-    teacher = few_images(images, 0.3, schedule)
-    return SDS(teacher, Picture(), "red", weights.sds(schedule), guidance, WORLD_RANGE, size=2)
+from tiny_sds import DESIGNS, SCHEDULE, WEIGHT, Picture, compare, design, distillation, few_images, with_a_past
 
 
 def upper_against_lower(z_t: Tensor, t: Tensor) -> Tensor:
     """A baseline: how bright the upper row is against the lower one, and not linear."""
     return torch.tanh((z_t[:, :, 0] - z_t[:, :, 1]).sum((1, 2))) * (1 + t / 1000)
-
-
-def design(
-    renders: int = 4, renoise: int = 4, proposal: Any = IW, coupling: str = "per-render", antithetic: bool = False
-) -> HierarchicalEstimator:
-    sampler = TimestepSampler(BASE, proposal, coupling=COUPLINGS[coupling], antithetic=antithetic, w=WEIGHT)
-    return HierarchicalEstimator(sampler, renders, renoise)
 
 
 def one_render() -> Renders:
@@ -92,34 +47,6 @@ def one_call(task: Any, draws: int = 6) -> tuple[RenderState, Tensor, Tensor]:
 
 def call(task: Any) -> Tensor:
     return task.contribution(*one_call(task))
-
-
-def with_a_past(task: Stein, estimator: HierarchicalEstimator | None = None, steps: int = 40) -> Stein:
-    """The task with coefficients from some steps of its own, far from 0."""
-    estimator = estimator or design()
-    for i in range(steps):
-        estimator.estimate(task, PAST.child(i))
-        task.learn()
-    assert bool(task.coefficients.abs().amax(0).gt(0.02).all())
-    return task
-
-
-def compare(ours: HierarchicalEstimator, task: Any, naive_task: Any, name: str, **options: float) -> BiasReport:
-    """Ours against 16 naive iid (1, 1) estimates, on streams that share renders."""
-    naive = design(16, 1, BASE, "iid")
-
-    def of(estimator: HierarchicalEstimator, task: Any) -> Callable[[Stream], Any]:
-        return lambda stream: estimator.estimate(task, stream).gradient
-
-    return bias_test(of(ours, task), of(naive, naive_task), stream(0, name), **({"tolerance": 0.1} | options))
-
-
-DESIGNS = {
-    "(1, 8) weighted strata": design(1, 8),
-    "(4, 2) defensive, global strata": design(4, 2, defensive(BASE, IW, 0.3), "global"),
-    "(2, 4) antithetic": design(2, 4, antithetic=True),
-    "(3, 5) uniform iid": design(3, 5, BASE, "iid"),
-}
 
 
 @pytest.mark.parametrize("name", DESIGNS)

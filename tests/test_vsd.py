@@ -19,8 +19,9 @@ from carv.tasks.sds.vsd import VSD, LoRAScore
 from carv.teachers.base import Condition
 from carv.teachers.diffusers import DiffusersTeacher
 from carv.world.cameras import WORLD_RANGE
-from test_diffusers_teacher import stable_diffusion
-from test_stein import BASE, DESIGNS, Picture, compare, design, distillation, with_a_past
+
+from tiny_pipelines import stable_diffusion
+from tiny_sds import BASE, DESIGNS, Picture, compare, design, distillation, with_a_past
 
 ALL_STEPS = TimestepSampler(uniform_steps(0, 999))
 

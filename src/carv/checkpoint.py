@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
 from pathlib import Path
+from typing import TypeAlias
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -12,24 +13,29 @@ from torch import Tensor
 
 CHECKPOINT = "checkpoint.safetensors"
 
+FileState: TypeAlias = tuple[int, int, int]
+"""Inode, time of the last change in ns, and bytes: another one for every file that `write_whole` writes."""
+
 
 class RunFolderError(ValueError):
     """A folder that holds something else than this run."""
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that after a crash at any byte either the old or the new one is there, whole."""
+    """Write a file so that after a crash at any byte either the old or the new one is there, whole.
+
+    Others may read it as far as the umask lets them, which a temporary file of `tempfile` would not.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with unfinished.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def save_checkpoint(folder: Path, tensors: dict[str, Tensor], config: str) -> None:
@@ -80,3 +86,12 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], str]:
             return tensors, (file.metadata() or {}).get("config", "{}")
     except (SafetensorError, OSError) as error:
         raise RunFolderError(f"{path} is damaged ({error}); remove it to start this run again") from error
+
+
+def checkpoint_state(folder: Path) -> FileState | None:
+    """Which checkpoint is in a run's folder, without reading it; `None` if there is none."""
+    try:
+        found = (folder / CHECKPOINT).stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size

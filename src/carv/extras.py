@@ -28,12 +28,13 @@ def require(module: str, extra: str) -> ModuleType:
 
 @contextlib.contextmanager
 def without_progress_bars() -> Iterator[None]:
-    """transformers' bars for loading weights, off inside: carv prints its own lines, and with --json none."""
-    logging = require("transformers.utils.logging", "diffusers")
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    """Bars of transformers and diffusers for loading, off inside: carv prints its own lines, and with --json none."""
+    logs = [require(f"{package}.utils.logging", "diffusers") for package in ("transformers", "diffusers")]
+    shown = [log for log in logs if log.is_progress_bar_enabled()]
+    for log in shown:
+        log.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
-            logging.enable_progress_bar()
+        for log in shown:
+            log.enable_progress_bar()

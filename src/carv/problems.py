@@ -22,7 +22,7 @@ from typing import Annotated, Any, TypeAlias
 import tyro
 from torch import Tensor
 
-from carv.checkpoint import read_checkpoint
+from carv.checkpoint import FileState, checkpoint_state, read_checkpoint
 from carv.density import Density, uniform_steps
 from carv.estimator import HierarchicalEstimator
 from carv.gradient import Gradient, TeacherGradient
@@ -142,7 +142,7 @@ class Problem:
 
 
 def load_problem(config: ProblemConfig, say: Callable[[str], None] | None = None) -> Problem:
-    """The pipeline of a name; made once in a process.
+    """The pipeline of a name; made once in a process, and anew when the checkpoint of `--run` is another.
 
     `module:object` is a `Problem`, a `TeacherGradient`, or a function without arguments that returns one of them. Of
     a `TeacherGradient` the attributes `base` (a `Density`; else uniform on t_min..t_max), `weight` (a `Weight`) and
@@ -166,13 +166,14 @@ def load_problem(config: ProblemConfig, say: Callable[[str], None] | None = None
 
 def load_source(config: ProblemConfig, say: Callable[[str], None] | None = None) -> Problem | Estimator:
     """As `load_problem`, but `module:object` may also be a function of a `Stream` that returns one estimate."""
-    found = _made.get(config)
-    if found is None:
-        found = _made[config] = _make(config, say)
-    return found
+    state = None if config.run is None else checkpoint_state(config.run)
+    made = _made.get(config)
+    if made is None or made[0] != state:
+        made = _made[config] = state, _make(config, say)
+    return made[1]
 
 
-_made: dict[ProblemConfig, Problem | Estimator] = {}
+_made: dict[ProblemConfig, tuple[FileState | None, Problem | Estimator]] = {}
 
 
 def _make(config: ProblemConfig, say: Callable[[str], None] | None) -> Problem | Estimator:
@@ -223,10 +224,10 @@ def _distill(config: ProblemConfig) -> Problem:
     """
     if config.run is None:
         raise ValueError("distill is measured at a run's checkpoint: give --run, a folder of `carv distill`")
-    from carv.tasks.distill.run import restore  # diffusers is an extra
+    from carv.tasks.distill.run import restored  # diffusers is an extra
 
     tensors, described = read_checkpoint(config.run)
-    dmd = restore(config.run).dmd
+    dmd = restored(tensors, described).dmd
     dmd.classes = dataclasses.replace(dmd.classes, balance=False)
     base = TermEstimator(t_min=config.t_min, t_max=config.t_max).base(dmd.teacher.schedule)
     return Problem.of(dmd, base, fingerprint={"checkpoint": _checkpoint_digest(tensors, described)})

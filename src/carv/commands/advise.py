@@ -11,6 +11,7 @@ from carv.runs.pilot_folder import PilotRecord
 from carv.strata import COUPLINGS
 from carv.variance.advice import SAFE, Advice, Bound, Candidate, Cost, advise
 from carv.variance.cost import SimulatedCost
+from carv.variance.figures import as_json
 
 _SHOWN_TIES = 5
 
@@ -113,25 +114,15 @@ def to_json(record: PilotRecord, advice: Advice) -> dict[str, Any]:
     return {
         "task": record.problem.to_dict(),
         "design": vars(advice.best.design),
-        "variance": _figure(advice.best.prediction.variance),
+        "variance": as_json(advice.best.prediction.variance),
         "cost": {"value": advice.best.cost.value, "error": advice.best.cost.error, "unit": gain.cost},
-        "ecm": {
-            "value": gain.value.value,
-            "error": gain.value.error,
-            "interval": gain.interval,
-            "anchor": gain.anchor,
-            "baseline": gain.baseline,
-            "extrapolated": gain.extrapolated,
-        },
+        "ecm": as_json(gain.value, gain.interval)
+        | {"anchor": gain.anchor, "baseline": gain.baseline, "extrapolated": gain.extrapolated},
         "binds": advice.binds,
         "binds_clearly": advice.binds_clearly,
-        "best_renoise": {"value": advice.best_renoise.value, "error": advice.best_renoise.error},
-        "bound": {"oracle": _figure(advice.bound.oracle), "infinite_renoise": _figure(advice.bound.infinite)},
+        "best_renoise": vars(advice.best_renoise),
+        "bound": {"oracle": as_json(advice.bound.oracle), "infinite_renoise": as_json(advice.bound.infinite)},
         "reason": advice.reason,
         "tied": [vars(cell.design) for cell in advice.tied],
         **record.provenance,
     }
-
-
-def _figure(figure: Any) -> dict[str, Any]:
-    return {"value": figure.value, "error": figure.error, "interval": figure.interval()}

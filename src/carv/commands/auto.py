@@ -23,18 +23,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import tyro
 
 from carv.checkpoint import CHECKPOINT, RunFolderError, load_checkpoint, other_settings, save_checkpoint, write_whole
 from carv.commands import advise as advise_command
 from carv.commands.pilot import PilotConfig, run_pilot
 from carv.console import Report
-from carv.problems import ProblemConfig, load_problem
+from carv.problems import ProblemConfig
 from carv.runs.pilot_folder import PILOT, TABLES, PilotRecord
 from carv.strict_json import dumps, plain
 from carv.tasks.sds.config import STANDARD, EstimatorConfig, SDSConfig
-from carv.tasks.sds.task import SDS
 from carv.tasks.sds.train import Trainer, load_teacher
 from carv.variance.advice import Advice, Candidate, Design
 from carv.variance.moments import TRUSTED_SHARE
@@ -231,7 +229,6 @@ def _warm_up(config: SDSConfig, steps: int, folder: Path, checkpoint_every: int,
 def _pilot(config: SDSConfig, auto: AutoConfig, folder: Path, quiet: bool) -> PilotRecord:
     estimator = config.estimator
     problem = ProblemConfig("sds", run=folder, t_min=estimator.t_min, t_max=estimator.t_max)
-    _check_state(problem, folder, config)
     settings = PilotConfig(
         auto.renders,
         auto.bins,
@@ -241,14 +238,6 @@ def _pilot(config: SDSConfig, auto: AutoConfig, folder: Path, quiet: bool) -> Pi
         seed=config.seed,
     )
     return run_pilot(problem, settings, folder, quiet)
-
-
-def _check_state(problem: ProblemConfig, folder: Path, config: SDSConfig) -> None:
-    """A process keeps the pipelines that it has loaded, by the name of their folder, which --overwrite fills anew."""
-    tensors, task = load_checkpoint(folder, config.to_json()) or {}, load_problem(problem).task
-    held = task.field.state_dict() if isinstance(task, SDS) else {}
-    if any(not torch.equal(value.cpu(), tensors[f"field.{name}"].cpu()) for name, value in held.items()):
-        raise ValueError(f"this process has already measured another run in {folder}: start a new one")
 
 
 def _advice(record: PilotRecord, advice: Advice) -> dict[str, Any]:

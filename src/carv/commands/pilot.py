@@ -173,15 +173,10 @@ def to_json(record: PilotRecord, out: Path) -> dict[str, Any]:
     split = predict(tables, 1, 1, coupling=iid).split
     return {
         "out": str(out),
-        "split": {
-            name: {"value": part.value, "error": part.error}
-            for name, part in (("render", split.render), ("timestep", split.timestep), ("noise", split.noise))
-        },
+        "split": {name: vars(getattr(split, name).measured) for name in ("render", "timestep", "noise")},
         "ecm": ecm_rows(record),
         "top_share": tables.top_share,
         "counts": vars(tables.counts),
-        "cost_ratio": {"value": record.cost.ratio.value, "error": record.cost.ratio.error}
-        if record.cost.c_denoise.value > 0
-        else None,
+        "cost_ratio": vars(record.cost.ratio) if record.cost.c_denoise.value > 0 else None,
         **record.provenance,
     }

@@ -6,14 +6,13 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from carv.checkpoint import write_whole
-from carv.extras import require
 from carv.report.embedded import EmbeddedPictures
-from carv.report.style import COLOURS, colour, drawn, legend_above, series, set_ticks
+from carv.report.style import colour, drawn, legend_above, series, set_ticks
+from carv.report.template import fill, written
 from carv.variance.values import Value
 
 RESULTS, PAGE = "results.json", "index.html"
@@ -93,16 +92,11 @@ def render(results: Mapping[str, Any], folder: Path) -> str:
     Raises:
         ValueError: fields that an attribution's results have are missing.
     """
-    jinja2 = require("jinja2", "report")
-    options = {"autoescape": True, "undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    here = files("carv.report")
-    template = jinja2.Environment(**options).from_string((here / "attribution.html").read_text(encoding="utf-8"))
     try:
         given = _page(results, folder)
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(f"{folder / RESULTS} is not of this version of carv attribute: {error!r}") from error
-    text: str = template.render(css=_css(), **given)
-    return text
+    return fill("attribution.html", has_pictures=True, **given)
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -116,12 +110,6 @@ def _read(folder: Path) -> dict[str, Any]:
     if not isinstance(results, dict) or results.get("kind") != "attribution":
         raise ValueError(f"{path} is not of an attribution")
     return results
-
-
-def _css() -> str:
-    variables = [" ".join(f"--{name}: {pair[i]};" for name, pair in COLOURS.items()) for i in (0, 1)]
-    css = (files("carv.report") / "page.css").read_text(encoding="utf-8")
-    return css.replace("/* LIGHT */", variables[0]).replace("/* DARK */", variables[1])
 
 
 def _page(results: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -140,7 +128,7 @@ def _page(results: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "curve": _curve(queries, results["threshold"], config["top_k"]) if len(queries[0]["curve"]) > 1 else "",
         "k": config["top_k"],
         "head": _HEAD,
-        "settings": [(name, _written(value)) for name, value in sorted({**config, **_provenance(results)}.items())],
+        "settings": [(name, written(value)) for name, value in sorted({**config, **_provenance(results)}.items())],
     }
 
 
@@ -271,7 +259,3 @@ def _provenance(results: Mapping[str, Any]) -> dict[str, Any]:
 
 def _count(number: int, one: str, many: str | None = None) -> str:
     return f"{number} {one if number == 1 else many or one + 's'}"
-
-
-def _written(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

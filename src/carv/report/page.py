@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
-from carv.extras import require
+from carv.checkpoint import write_whole
 from carv.report.checks import Warn, checks
 from carv.report.commands import commands
 from carv.report.comparison import Comparison, comparison
@@ -22,7 +17,7 @@ from carv.report.pictures import Picture
 from carv.report.plate import Plate
 from carv.report.plates import chart, cost, coverage, gains, profile, sensitivity, split
 from carv.report.records import ExperimentRecord
-from carv.report.style import COLOURS
+from carv.report.template import fill, written
 
 _PLATES = {
     "split": split.plate,
@@ -74,34 +69,17 @@ def write(findings: Findings, path: str | Path) -> None:
         ImportError: matplotlib or jinja2 is missing; the message says how to install them.
         OSError: the file cannot be written.
     """
-    text, path = render(findings), Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_whole(Path(path), render(findings).encode())
 
 
 def render(findings: Findings) -> str:
     """The page as text."""
-    jinja2 = require("jinja2", "report")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    here = files("carv.report")
-    environment.filters["fine"] = _fine
-    template = environment.from_string((here / "page.html").read_text(encoding="utf-8"))
     sections = [_section(found, findings, f"s{i}") for i, found in enumerate(findings.studies)]
     experiments = [_experiment(one, f"e{i}") for i, one in enumerate(findings.experiments)]
     links = [(one.key, one.experiment.name, one.experiment.question) for one in experiments]
     links += [(one.key, one.title, one.headline.advice) for one in sections]
-    variables = [" ".join(f"--{name}: {pair[i]};" for name, pair in COLOURS.items()) for i in (0, 1)]
-    css = (here / "page.css").read_text(encoding="utf-8")
-    css = css.replace("/* LIGHT */", variables[0]).replace("/* DARK */", variables[1])
-    text: str = template.render(
-        css=css,
+    return fill(
+        "page.html",
         title=_title([name for _, name, _ in links]),
         links=links if len(experiments) > _FEW else [],
         experiments=experiments,
@@ -109,18 +87,11 @@ def render(findings: Findings) -> str:
         sections=sections,
         notes=findings.notes,
     )
-    return text
 
 
 def _title(names: Sequence[str]) -> str:
     more = len(names) - _FEW
     return "; ".join(names[:_FEW]) + (f"; and {more} more" if more > 0 else "")
-
-
-def _fine(text: str) -> str:
-    """Numbers stay with their units, and the two of (R, K) together, where lines break."""
-    text = re.sub(r"(\d) (%)", "\\1\u00a0\\2", text)
-    return re.sub(r"\((\w+), (\w+)\)", "(\\1,\u00a0\\2)", text)
 
 
 def _section(found: StudyFindings, findings: Findings, key: str) -> Section:
@@ -148,12 +119,8 @@ def _experiment(record: ExperimentRecord, key: str) -> ExperimentSection:
         tuple(chart.plate(one, f"{key}-c{i}") for i, one in enumerate(experiment.charts)),
         record.pictures,
         tuple(
-            (name, _written(value))
+            (name, written(value))
             for given in (experiment.config, experiment.provenance)
             for name, value in sorted(given.items())
         ),
     )
-
-
-def _written(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

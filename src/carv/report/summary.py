@@ -11,7 +11,7 @@ from carv.report.findings import Findings, Gain, StudyFindings
 from carv.report.methods import Entry, Method
 from carv.strict_json import plain
 from carv.variance.advice import Advice
-from carv.variance.efficiency import Figure
+from carv.variance.figures import as_json
 
 
 def summary(findings: Findings) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def _study(found: StudyFindings) -> dict[str, Any]:
         "fingerprint": dict(found.study.fingerprint),
         "cost_unit": found.costing.unit,
         "cost_assumed": found.costing.assumed,
-        "cost_ratio": None if found.ratio is None else _figure(found.ratio),
+        "cost_ratio": None if found.ratio is None else as_json(found.ratio),
         "advice": None if found.advice is None else _advice(found.advice),
         "predicted": _cells(found.predicted),
         "measured": _cells(found.measured),
@@ -46,7 +46,7 @@ def _study(found: StudyFindings) -> dict[str, Any]:
             "covered": sum(one.covered for one in found.coverage),
             "ratios": [
                 asdict(one.measured.design)
-                | {"seed": one.measured.seed, "measured_over_predicted": _figure(one.ratio, one.interval)}
+                | {"seed": one.measured.seed, "measured_over_predicted": as_json(one.ratio, one.interval)}
                 | {"covered": one.covered}
                 for one in found.coverage
             ],
@@ -59,14 +59,14 @@ def _advice(advice: Advice) -> dict[str, Any]:
     gain = advice.gain
     return {
         "design": asdict(advice.best.design),
-        "variance": _figure(advice.best.prediction.variance),
-        "cost": _figure(advice.best.cost),
-        "gain": _figure(gain.value, gain.interval)
+        "variance": as_json(advice.best.prediction.variance),
+        "cost": as_json(advice.best.cost),
+        "gain": as_json(gain.value, gain.interval)
         | {"anchor": gain.anchor, "baseline": gain.baseline, "cost": gain.cost, "extrapolated": gain.extrapolated},
-        "best_renoise": _figure(advice.best_renoise),
+        "best_renoise": as_json(advice.best_renoise),
         "binds": advice.binds,
         "binds_clearly": advice.binds_clearly,
-        "bound": {"oracle": _figure(advice.bound.oracle), "infinite": _figure(advice.bound.infinite)},
+        "bound": {"oracle": as_json(advice.bound.oracle), "infinite": as_json(advice.bound.infinite)},
         "reason": advice.reason,
         "tied": [asdict(cell.design) for cell in advice.tied],
     }
@@ -75,7 +75,7 @@ def _advice(advice: Advice) -> dict[str, Any]:
 def _cells(cells: Mapping[Method, Sequence[Entry]]) -> list[dict[str, Any]]:
     return [
         {"method": method.name, **asdict(entry.design), "seed": entry.seed}
-        | {"variance": _figure(entry.variance, entry.interval), "cost": _figure(entry.cost)}
+        | {"variance": as_json(entry.variance, entry.interval), "cost": as_json(entry.cost)}
         for method, entries in cells.items()
         for entry in entries
     ]
@@ -84,13 +84,9 @@ def _cells(cells: Mapping[Method, Sequence[Entry]]) -> list[dict[str, Any]]:
 def _gains(gains: Mapping[Method, Sequence[Gain]]) -> list[dict[str, Any]]:
     return [
         {"method": method.name, **asdict(gain.entry.design), "seed": gain.entry.seed}
-        | {"ecm": None if gain.ecm is None else _figure(gain.ecm.value, gain.ecm.interval)}
+        | {"ecm": None if gain.ecm is None else as_json(gain.ecm.value, gain.ecm.interval)}
         | {"extrapolated": gain.ecm is not None and gain.ecm.extrapolated}
-        | {"re": None if gain.efficiency is None else _figure(gain.efficiency)}
+        | {"re": None if gain.efficiency is None else as_json(gain.efficiency)}
         for method, several in gains.items()
         for gain in several
     ]
-
-
-def _figure(figure: Figure, interval: tuple[float, float] | None = None) -> dict[str, Any]:
-    return {"value": figure.value, "error": figure.error, "interval": list(interval or figure.interval())}

@@ -17,9 +17,9 @@ from carv.provenance import provenance
 from carv.rng import stream
 from carv.strict_json import plain
 from carv.variance.advice import Design
+from carv.variance.figures import as_json
 from carv.variance.measure import Measurement, measure
 from carv.variance.stopping import StopRule, fixed_count, paper_rule, target_error
-from carv.variance.values import Value
 
 FORMAT = 1
 BLOCK = 50
@@ -156,9 +156,9 @@ def block_means(squares: Tensor) -> list[float]:
 def _figures(found: Measurement) -> dict[str, Any]:
     tails = found.tails
     return {
-        "variance": _value(found.variance),
-        "latent_variance": _value(found.latent_variance),
-        "mean_norm_squared": _value(found.mean_norm_squared),
+        "variance": as_json(found.variance),
+        "latent_variance": None if found.latent_variance is None else as_json(found.latent_variance),
+        "mean_norm_squared": as_json(found.mean_norm_squared),
         "tails": {
             "trusted": tails.trusted,
             "kurtosis": tails.kurtosis,
@@ -174,9 +174,3 @@ def _figures(found: Measurement) -> dict[str, Any]:
         "policy": found.policy,
         "squares": {"block": BLOCK, "means": block_means(found.squares)},
     }
-
-
-def _value(value: Value | None) -> dict[str, Any] | None:
-    if value is None:
-        return None
-    return {"value": value.value, "error": value.error, "interval": list(value.interval())}

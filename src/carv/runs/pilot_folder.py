@@ -106,8 +106,7 @@ class PilotRecord:
 
 def cost_to_dict(model: CostModel) -> dict[str, Any]:
     """A cost model as JSON."""
-    terms = {name: getattr(model, name) for name in ("c0", "c_upstream", "c_denoise")}
-    return {name: {"value": term.value, "error": term.error} for name, term in terms.items()} | {
+    return {name: vars(getattr(model, name)) for name in ("c0", "c_upstream", "c_denoise")} | {
         "covariance": model.covariance,
         "misfit": None if model.misfit != model.misfit else model.misfit,
     }

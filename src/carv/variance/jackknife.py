@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from statistics import NormalDist
 
 import numpy as np
 
+from carv.student import student_quantile
 from carv.variance.values import Value
 
 _NONE = np.empty(0)
@@ -66,7 +66,7 @@ class Jackknifed:
         parts = self.without, self.without_block
         positive = min(x.min() for x in parts if len(x)) > 0 and self.error < _CLEAR * self.value
         error, degrees = _error(*(np.log(x) for x in parts)) if positive else _error(*parts)
-        half = _student(0.5 + level / 2, degrees) * error
+        half = student_quantile(0.5 + level / 2, degrees) * error
         if positive:
             return self.value * math.exp(-half), self.value * math.exp(half)
         return self.value - half, self.value + half
@@ -117,18 +117,6 @@ def _apply(function: Callable[..., float | np.ndarray], parts: list[tuple[float,
         return _NONE
     size = sizes.pop()
     return np.asarray(function(*(x if len(x) else np.full(size, value) for value, x in parts)), dtype=np.float64)
-
-
-def _student(probability: float, degrees: float) -> float:
-    """The quantile of Student's law by Fisher's expansion in 1/n: within 1 % of it at 0.975 for n >= 2."""
-    z, n = NormalDist().inv_cdf(probability), degrees
-    return (
-        z
-        + (z**3 + z) / (4 * n)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3)
-        + (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / (92160 * n**4)
-    )
 
 
 def _error(*parts: np.ndarray) -> tuple[float, float]:

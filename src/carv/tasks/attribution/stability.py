@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from carv.rng import Stream
+from carv.student import student_quantile
 from carv.tasks.attribution.bank import Design
 
 LEVEL = 0.95
@@ -52,7 +52,7 @@ class Estimate:
             ValueError: a level outside (0, 1).
         """
         _check_level(level)
-        half = _student(0.5 + level / 2, self.degrees) * self.standard_errors
+        half = student_quantile(0.5 + level / 2, self.degrees) * self.standard_errors
         return self.scores - half, self.scores + half
 
     def resampled(self, stream: Stream, count: int) -> Float[Tensor, "count N"]:
@@ -273,15 +273,3 @@ def _ranks(scores: Tensor) -> Tensor:
 def _check_level(level: float) -> None:
     if not 0 < level < 1:
         raise ValueError(f"the level of an interval is in (0, 1), got {level}")
-
-
-def _student(probability: float, degrees: int) -> float:
-    """The quantile of Student's law by Fisher's expansion in 1/n: within 1 % of it at 0.975 for n >= 2."""
-    z, n = NormalDist().inv_cdf(probability), degrees
-    return (
-        z
-        + (z**3 + z) / (4 * n)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3)
-        + (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / (92160 * n**4)
-    )

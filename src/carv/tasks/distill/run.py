@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from torch import Tensor
+
 from carv.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint, write_whole
 from carv.console import Report
 from carv.devices import find_device
@@ -132,7 +134,19 @@ def restore(out: Path, teacher: DiffusersTeacher | None = None) -> Trainer:
         RunFolderError: there is no checkpoint, or it is damaged.
         ValueError: it is not of a distillation of this version.
     """
-    tensors, described = read_checkpoint(out)
+    return restored(*read_checkpoint(out), teacher)
+
+
+def restored(tensors: dict[str, Tensor], described: str, teacher: DiffusersTeacher | None = None) -> Trainer:
+    """As `restore`, from what `read_checkpoint` gave.
+
+    Args:
+        tensors, described: the run's state, and its configuration as JSON.
+        teacher: the run's own, if it is loaded already.
+
+    Raises:
+        ValueError: it is not of a distillation of this version.
+    """
     config = DistillConfig.from_json(described)
     trainer = Trainer(config, teacher or load_teacher(config))
     trainer.load_state_dict(tensors)

@@ -1,4 +1,4 @@
-"""`carv attribute` on a tiny random Wan: rankings with errors, resumable, growing, and its page."""
+"""`carv attribute` on a tiny random Wan: rankings with errors, resumable, growing."""
 
 from __future__ import annotations
 
@@ -14,65 +14,21 @@ import torch
 from safetensors.torch import save_file
 
 from carv.checkpoint import RunFolderError
-from carv.report import attribution
-from carv.rng import stream
 from carv.tasks.attribution import collect
-from carv.tasks.attribution.config import AttributionConfig
 from carv.tasks.attribution.examples import read_examples
 from carv.tasks.attribution.run import load_teacher, run, summary
 from carv.tasks.attribution.scores import influence
-from carv.variance.values import Value
+
+from attribution_runs import load_once, save_teacher, settings, write_clip
 
 diffusers = pytest.importorskip("diffusers")
-transformers = pytest.importorskip("transformers")
-image = pytest.importorskip("PIL.Image")
 
-_LOADED: dict[str, Any] = {}
-LETTERS = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+image = pytest.importorskip("PIL.Image")
 
 
 @pytest.fixture(scope="module")
 def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
-    words = [*special, *[(letter, -3.0) for letter in LETTERS]]
-    text = transformers.UMT5Config(
-        vocab_size=len(words), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0
-    )
-    options: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 1}
-    pipeline = diffusers.WanPipeline(
-        tokenizer=transformers.T5TokenizerFast(vocab=words, extra_ids=0),
-        text_encoder=transformers.UMT5EncoderModel(text),
-        transformer=diffusers.WanTransformer3DModel(
-            in_channels=4, out_channels=4, text_dim=16, freq_dim=16, ffn_dim=16, rope_max_seq_len=32, **options
-        ),
-        vae=diffusers.AutoencoderKLWan(
-            base_dim=4,
-            z_dim=4,
-            dim_mult=[1] * 4,
-            num_res_blocks=1,
-            temperal_downsample=[False, True, True],
-            latents_mean=[0.0] * 4,
-            latents_std=[1.0] * 4,
-        ),
-        scheduler=diffusers.UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-        ),
-    )
-    folder = tmp_path_factory.mktemp("wan")
-    pipeline.save_pretrained(folder)
-    return folder
-
-
-def write_clip(path: Path, seed: int, frames: int = 5, still: bool = False) -> None:
-    grey = torch.rand(frames, 16, 16, generator=stream(seed, "clip").generator())
-    grey = grey[:1].expand(frames, -1, -1) if still else grey
-    drawn = [image.fromarray((255 * frame).to(torch.uint8).numpy()) for frame in grey]
-    if still:  # equal frames are merged by Pillow: a last pixel keeps them apart
-        for i, frame in enumerate(drawn):
-            frame.putpixel((15, 15), 4 * (i % 2))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    drawn[0].save(path, save_all=True, append_images=drawn[1:], duration=100, loop=0)
+    return save_teacher(tmp_path_factory.mktemp("wan"))
 
 
 @pytest.fixture
@@ -87,30 +43,9 @@ def data(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def settings(teacher: Path, data: Path, **changes: Any) -> AttributionConfig:
-    base = AttributionConfig(
-        train=(str(data / "train"),),
-        query=(str(data / "query" / "one.gif"),),
-        teacher=str(teacher),
-        draws=8,
-        first=4,
-        top_k=1,
-        dimensions=64,
-        size=16,
-        frames=9,
-        max_tokens=16,
-    )
-    return dataclasses.replace(base, **changes)
-
-
 @pytest.fixture(autouse=True)
 def _load_each_teacher_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(config: AttributionConfig) -> Any:
-        if config.teacher not in _LOADED:
-            _LOADED[config.teacher] = load_teacher(config)
-        return _LOADED[config.teacher]
-
-    monkeypatch.setattr("carv.tasks.attribution.run.load_teacher", load)
+    monkeypatch.setattr("carv.tasks.attribution.run.load_teacher", load_once)
 
 
 @pytest.fixture
@@ -308,6 +243,24 @@ def test_unnormalised_products_are_offered(teacher_folder: Path, data: Path) -> 
     assert max(abs(row["score"]) for row in scores["scores"]) != pytest.approx(0)
 
 
+def test_the_terms_of_checkpoints_are_added_by_their_rates(
+    teacher_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    earlier = save_teacher(tmp_path_factory.mktemp("earlier"), seed=1)
+
+    def scores(out: str, folder: Path, **changes: Any) -> dict[str, float]:
+        config = settings(folder, data, draws=4, normalise=False, **changes)
+        rows = run(config, data / out, quiet=True)["queries"][0]["scores"]
+        return {row["example"]: row["score"] for row in rows}
+
+    last, first = scores("last", teacher_folder), scores("first", earlier)
+    both = scores("both", teacher_folder, checkpoints=(str(earlier),), rates=(1e-4, 3e-4))
+    assert last != pytest.approx(first)
+    assert both == pytest.approx({name: last[name] / 4 + 3 * first[name] / 4 for name in last})
+    equal = scores("equal", teacher_folder, checkpoints=(str(earlier),))
+    assert equal == pytest.approx({name: (last[name] + first[name]) / 2 for name in last})
+
+
 @pytest.mark.parametrize("changes", [{"design": "iid"}, {"design": "global"}, {"noise": "fixed", "cells": 12}])
 def test_every_design_and_noise_runs(teacher_folder: Path, data: Path, changes: dict[str, Any]) -> None:
     results = run(settings(teacher_folder, data, **changes), data / "out", quiet=True)
@@ -329,6 +282,8 @@ def test_antithetic_noise_and_a_proposal_run(teacher_folder: Path, data: Path) -
         ({"level": 1.5}, "level must be in"),
         ({"antithetic": True, "design": "iid", "first": 5, "draws": 10}, "must be even"),
         ({"proposal_shift": -1.0}, "proposal_shift"),
+        ({"rates": (1.0, 1.0)}, "got 2 for 0 checkpoints"),
+        ({"rates": (0.0,)}, "above 0"),
     ],
 )
 def test_bad_settings_are_one_sentence(data: Path, changes: dict[str, Any], says: str) -> None:
@@ -349,82 +304,3 @@ def test_bad_files_are_one_sentence_and_lose_nothing(teacher_folder: Path, data:
     only = (str(data / "train" / "clip-0.gif"),)
     with pytest.raises(ValueError, match="nothing to rank"):
         run(settings(teacher_folder, data, train=only, query=only), data / "out", quiet=True)
-
-
-# The page.
-
-
-@pytest.fixture(scope="module")
-def page(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """Of a run whose names and captions are markup."""
-    pytest.importorskip("jinja2")
-    folder = tmp_path_factory.mktemp("page")
-    for i in range(3):
-        write_clip(folder / "train" / f"<b>{i}.gif", i)
-        (folder / "train" / f"<b>{i}.txt").write_text("<script>")
-    config = settings(teacher_folder, folder, query=(str(folder / "train"),))
-    run(config, folder / "out", quiet=True)
-    path = attribution.write(folder / "out")
-    return path.read_text(), folder / "out"
-
-
-def test_the_page_shows_queries_beside_their_examples_and_loads_nothing(page: tuple[str, Path]) -> None:
-    text, _ = page
-    assert text.count('<section class="study" id="q') == 3
-    assert text.count("data:image/gif;base64,") == 3 + 2 * 3  # each query, its most and its least influential clip
-    assert "http:" not in text.replace("http://www.w3.org/", "")
-    assert "https:" not in text
-    assert "<script" not in text
-    assert "<b>" not in text
-    assert "&lt;script&gt;" in text
-    assert "default-src 'none'" in text
-
-
-def test_the_page_says_scores_with_errors_ranks_with_intervals_and_how_sure_the_top_is(page: tuple[str, Path]) -> None:
-    text, out = page
-    results = json.loads((out / "results.json").read_text())
-    for query in results["queries"]:
-        best = query["scores"][0]
-        assert str(Value(best["score"], best["standard_error"])) in text
-        assert f"({best['rank_low']} to {best['rank_high']})" in text
-    assert "the top 1 is right" in text
-    assert "P(top 1 right)" in text
-
-
-def test_the_same_results_make_the_same_page(page: tuple[str, Path]) -> None:
-    text, out = page
-    assert attribution.write(out).read_text() == text
-
-
-def test_pictures_that_are_gone_large_or_outside_the_folder_are_not_shown(
-    page: tuple[str, Path], tmp_path: Path
-) -> None:
-    _, out = page
-    results = json.loads((out / "results.json").read_text())
-    (tmp_path / "in" / "media").mkdir(parents=True)
-    (tmp_path / "secret.gif").write_bytes(b"GIF89a secret")
-    (tmp_path / "in" / "media" / "text.gif").write_bytes(b"no picture")
-    (tmp_path / "in" / "media" / "page.html").write_bytes(b"GIF8")
-    for query, media in zip(results["queries"], ("../secret.gif", "media/text.gif", "media/page.html"), strict=True):
-        query["media"] = media
-    for example in results["examples"]:
-        example["media"] = "media/gone.gif"
-    (tmp_path / "in" / "results.json").write_text(json.dumps(results))
-    assert "data:image" not in attribution.write(tmp_path / "in").read_text()
-
-
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [(None, "holds no results.json"), ("{", "damaged"), ('{"kind": "pilot"}', "not of an attribution")],
-)
-def test_a_folder_of_something_else_is_one_sentence(tmp_path: Path, content: str | None, says: str) -> None:
-    if content is not None:
-        (tmp_path / "results.json").write_text(content)
-    with pytest.raises(ValueError, match=says):
-        attribution.write(tmp_path)
-
-
-def test_results_of_another_version_are_one_sentence(tmp_path: Path) -> None:
-    (tmp_path / "results.json").write_text('{"kind": "attribution", "config": {}}')
-    with pytest.raises(ValueError, match="not of this version"):
-        attribution.write(tmp_path)

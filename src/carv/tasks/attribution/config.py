@@ -31,6 +31,10 @@ class AttributionConfig:
     teacher: str = "small"
     """small: carv's own small Wan, trained on clips; small-dit: its DiT, of digits; or a diffusers pipeline, as a
     folder or a cached hub id."""
+    checkpoints: tuple[str, ...] = ()
+    """Earlier states of the teacher, whose terms are added to its own, draw by draw (TracIn over checkpoints)."""
+    rates: tuple[float, ...] = ()
+    """The learning rates at the teacher and at each of the checkpoints, as shares of their sum; by default equal."""
     prompt: str | None = None
     """The caption of examples without one (a captions.json in their folder, or a .txt beside them)."""
     draws: int = 64
@@ -92,6 +96,13 @@ class AttributionConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.proposal_shift is not None and self.proposal_shift <= 0:
             raise ValueError(f"proposal_shift must be above 0, got {self.proposal_shift}")
+        if self.rates and len(self.rates) != 1 + len(self.checkpoints):
+            raise ValueError(
+                f"rates are of the teacher and of each checkpoint, got {len(self.rates)} for {len(self.checkpoints)} "
+                "checkpoints"
+            )
+        if not all(0 < rate < math.inf for rate in self.rates):
+            raise ValueError(f"learning rates are finite and above 0, got {min(self.rates)}")
         if not 0 < self.level < 1:
             raise ValueError(f"level must be in (0, 1), got {self.level}")
         if self.draws < (4 if self.antithetic else 2):
@@ -110,6 +121,12 @@ class AttributionConfig:
         if self.design == "global":
             return (self.draws,)
         return budgets(min(self.first, self.draws), self.draws)
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Of the teacher's terms and of each checkpoint's; they sum to 1."""
+        rates = self.rates or (1.0,) * (1 + len(self.checkpoints))
+        return tuple(rate / math.fsum(rates) for rate in rates)
 
     @property
     def stop_rule(self) -> StopRule:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +69,9 @@ def run(config: AttributionConfig, out: Path, overwrite: bool = False, quiet: bo
         warnings.simplefilter("always", UserWarning)
         train, queries = _examples(config, out)
     notes = [str(warning.message) for warning in caught]
-    teacher = load_teacher(config)
-    if overwrite and (out / "cache" / "cache.json").exists():
-        shutil.rmtree(out / "cache")
-    collector = Collector(config, teacher, out / "cache")
+    collectors = _collectors(config, out, overwrite)
     everyone = list({example.digest: example for example in [*train, *(query.example for query in queries)]}.values())
-    with Report("carv attribute", config.budgets[-1] * len(everyone), quiet) as report:
+    with Report("carv attribute", config.budgets[-1] * len(everyone) * len(collectors), quiet) as report:
         for note in notes:
             report.say(note)
         zeros = torch.zeros(len(train), dtype=torch.long)
@@ -86,16 +83,17 @@ def run(config: AttributionConfig, out: Path, overwrite: bool = False, quiet: bo
                 made += draws
                 report.update(made, f"up to {upto} draws")
 
-            collector.extend(everyone, before, budget, done)
-            zeros += _extend_terms(collector, train, queries, before, budget)
-            for i, query in enumerate(queries):
-                _look(config, collector, query, i, budget)
+            for collector in collectors:
+                collector.extend(everyone, before, budget, done)
+            zeros += _extend_terms(collectors, train, queries, before, budget)
+            for query in queries:
+                _look(config, collectors[0], query, budget)
             before = budget
             report.update(made, _state(queries, config))
             if config.until_stable and all(query.stable_at is not None for query in queries):
                 break
-    notes += _notes(collector, everyone, train, zeros, queries)
-    results = _results(config, collector, train, queries, budget, notes, out)
+    notes += _notes(collectors[0], everyone, train, zeros, queries)
+    results = _results(config, collectors[0], train, queries, budget, notes, out)
     write_results(out, results)
     return results
 
@@ -169,24 +167,42 @@ def _own_clips(config: AttributionConfig, out: Path) -> Path:
     return folder
 
 
-def _extend_terms(collector: Collector, train: list[Example], queries: list[_Query], first: int, last: int) -> Tensor:
+def _collectors(config: AttributionConfig, out: Path, overwrite: bool) -> list[Collector]:
+    """The teacher's, and one for each checkpoint, each with a cache of its own."""
+    made: list[Collector] = []
+    for name in (config.teacher, *config.checkpoints):
+        teacher = load_teacher(replace(config, teacher=name))
+        cache = out / (f"cache-{len(made)}" if made else "cache")
+        if overwrite and (cache / "cache.json").exists():
+            shutil.rmtree(cache)
+        made.append(Collector(config, teacher, cache))
+    shapes = {collector.teacher.latent_shape for collector in made}
+    if len(shapes) > 1:
+        raise ValueError(f"teacher and checkpoints must be states of one network; their latents are {shapes}")
+    return made
+
+
+def _extend_terms(
+    collectors: list[Collector], train: list[Example], queries: list[_Query], first: int, last: int
+) -> Tensor:
     """Add the terms of Eq. 11 of the draws first, ..., last - 1; returns how many of them were zero gradients."""
-    weight = collector.bank.timesteps(first, last)[1]
-    terms = draw_cosines if collector.config.normalise else draw_products
-    asked = torch.stack([collector.rows(query.example, first, last) for query in queries])
-    new = torch.empty(len(queries), len(train), last - first, dtype=torch.float64)
+    new = torch.zeros(len(queries), len(train), last - first, dtype=torch.float64)
     zeros = torch.zeros(len(train), dtype=torch.long)
-    for n, example in enumerate(train):  # one example's gradients at a time, however many there are
-        rows = collector.rows(example, first, last)[None]
-        new[:, n] = terms(asked, rows, weight)[:, 0]
-        zeros[n] = zero_draws(rows)[0]
+    for collector, share in zip(collectors, collectors[0].config.shares, strict=True):
+        weight = collector.bank.timesteps(first, last)[1]
+        terms = draw_cosines if collector.config.normalise else draw_products
+        asked = torch.stack([collector.rows(query.example, first, last) for query in queries])
+        for n, example in enumerate(train):  # one example's gradients at a time, however many there are
+            rows = collector.rows(example, first, last)[None]
+            new[:, n] += share * terms(asked, rows, weight)[:, 0]
+            zeros[n] += zero_draws(rows)[0]
     for query, added in zip(queries, new, strict=True):
         added = added[query.candidates]
         query.terms = torch.cat([query.terms, added], 1) if first else added
     return zeros
 
 
-def _look(config: AttributionConfig, collector: Collector, query: _Query, number: int, budget: int) -> None:
+def _look(config: AttributionConfig, collector: Collector, query: _Query, budget: int) -> None:
     """Rank the examples of a query at this budget, and say whether its top-k is stable."""
     position = collector.bank.uniforms(0, budget)
     found = estimate(query.terms, config.design, position, antithetic=config.antithetic)

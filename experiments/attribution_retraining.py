@@ -14,6 +14,7 @@ from attribution_gradients import Bank, teacher_digest
 from attribution_retrieval import over_queries
 from attribution_setting import ValueSetting
 from attribution_trials import Design, shares
+from jaxtyping import Bool
 from records import Row, table
 from torch import Tensor
 
@@ -32,21 +33,28 @@ REPEATS = 2
 """Rankings of few draws, and random choices, for each query."""
 
 
-def retrained(settings: ValueSetting, teacher: DiffusersTeacher, clips: Encoded) -> tuple[Tensor, Tensor]:
-    """(outcomes `[M, Q]`, subsets `[M, N]`): minus the queries' losses of networks fine-tuned on halves; made once."""
+def halves(settings: ValueSetting) -> Bool[Tensor, "M N"]:
+    """Random halves of the candidates."""
     at = stream(settings.seed, "subsets")
     count = settings.candidates
     subsets = torch.zeros(settings.subsets, count, dtype=torch.bool)
     for m in range(settings.subsets):
         subsets[m, torch.randperm(count, generator=at.child(m).generator())[: count // 2]] = True
-    asked = range(count, settings.clips)
+    return subsets
 
+
+def retrained(settings: ValueSetting, teacher: DiffusersTeacher, clips: Encoded) -> tuple[Tensor, Tensor]:
+    """(outcomes `[M, Q]`, subsets `[M, N]`): minus the queries' losses of networks fine-tuned on halves; made once."""
+    asked = range(settings.candidates, settings.clips)
+    start, subsets = teacher_digest(teacher), halves(settings)
     rows = []
     with Report("fine-tuning on halves", settings.subsets) as report:
         for m, subset in enumerate(subsets):
             chosen = subset.nonzero()[:, 0]
             rows.append(
-                _kept(settings, teacher, f"half-{m}", partial(_losses_after, settings, teacher, clips, chosen, asked))
+                kept_losses(
+                    settings, start, f"half-{m}", partial(_losses_after, settings, teacher, clips, chosen, asked)
+                )
             )
             report.update(m + 1)
     return -torch.stack(rows), subsets
@@ -68,10 +76,10 @@ _NOT_OF_RETRAINING = (
 )  # fmt: skip
 
 
-def _kept(settings: ValueSetting, teacher: DiffusersTeacher, name: str, make: Callable[[], Tensor]) -> Tensor:
-    """Losses after one fine-tuning or a few, made once."""
+def kept_losses(settings: ValueSetting, start: str, name: str, make: Callable[[], Tensor]) -> Tensor:
+    """Losses after one training or a few, made once for a start, a digest of what they began with."""
     own = {key: value for key, value in settings.to_dict().items() if key not in _NOT_OF_RETRAINING}
-    config = json.dumps({"name": name, "teacher": teacher_digest(teacher), **own}, sort_keys=True)
+    config = json.dumps({"name": name, "teacher": start, **own}, sort_keys=True)
     folder = settings.runs / "attribution" / f"{name}-{hashlib.sha256(config.encode()).hexdigest()[:12]}"
     found = load_checkpoint(folder, config)
     if found is None:
@@ -80,7 +88,9 @@ def _kept(settings: ValueSetting, teacher: DiffusersTeacher, name: str, make: Ca
     return found["losses"]
 
 
-def datamodelling(settings: ValueSetting, bank: Bank, masked: Bank, subsets: Tensor, outcomes: Tensor) -> list[Table]:
+def datamodelling(
+    settings: ValueSetting, bank: Bank, masked: Bank | None, subsets: Tensor, outcomes: Tensor
+) -> list[Table]:
     """The linear datamodelling score of rankings: of few draws, and of other scores from the whole bank."""
     at = stream(settings.seed, "lds")
     n = settings.candidates
@@ -109,12 +119,13 @@ def datamodelling(settings: ValueSetting, bank: Bank, masked: Bank, subsets: Ten
     means = mean_gradients(bank.vectors, weight)
     others = {
         "Eq. 11": cosines.mean(0),
-        "Eq. 11 with motion masks": torch.from_numpy(masked.cosines())[:, n:, :n].mean(0),
         "Eq. 11, not normalised": influence(bank.vectors[n:], bank.vectors[:n], normalise=False),
         "TracIn": tracin([means[n:]], [means[:n]], [1.0]),
         "cosine of mean gradients": _unit(means[n:]) @ _unit(means[:n]).T,
         "TRAK": trak(means[n:], means[:n], ridge=1.0),
     }
+    if masked is not None:
+        others["Eq. 11 with motion masks"] = torch.from_numpy(masked.cosines())[:, n:, :n].mean(0)
     judgements = {name: judged(scores) for name, scores in others.items()}
     first = judgements["Eq. 11"]
     whole: dict[str, Row] = {
@@ -145,10 +156,11 @@ def tuned_table(settings: ValueSetting, teacher: DiffusersTeacher, clips: Encode
     asked = range(n, n + settings.tuned_queries)
 
     rows_by_query = []
+    start = teacher_digest(teacher)
     with Report("fine-tuning on top clips", len(asked)) as report:
         for i, query in enumerate(asked):
             one = partial(_gains, settings, teacher, clips, bank, query)
-            rows_by_query.append(_kept(settings, teacher, f"top-{query}", one))
+            rows_by_query.append(kept_losses(settings, start, f"top-{query}", one))
             report.update(i + 1)
     each = torch.stack(rows_by_query).numpy()
     place = {arm: i for i, arm in enumerate(ARMS)}

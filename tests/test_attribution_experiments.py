@@ -9,11 +9,12 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-import transformers
 from scipy import stats
 
 from carv.report.experiment import Experiment
 from carv.rng import stream
+
+from tiny_pipelines import wan_of_plain_latents
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 finetune, gradients, laws, racing, records, retrieval, setting, splits, trials = (
@@ -202,25 +203,10 @@ def test_a_race_without_noise_finds_the_top_and_one_with_noise_compares_shared_d
 def teacher(tmp_path_factory):
     """A tiny random Wan."""
     folder = tmp_path_factory.mktemp("wan")
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    words = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *[(letter, -3.0) for letter in letters]]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        diffusers.WanPipeline(
-            tokenizer=transformers.T5TokenizerFast(vocab=words, extra_ids=0, model_max_length=64),
-            text_encoder=transformers.UMT5EncoderModel(
-                transformers.UMT5Config(vocab_size=30, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-            ),
-            transformer=diffusers.WanTransformer3DModel(
-                num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=16,
-                ffn_dim=16, num_layers=1, rope_max_seq_len=32,
-            ),
-            vae=diffusers.AutoencoderKLWan(
-                base_dim=4, z_dim=4, dim_mult=[1] * 4, num_res_blocks=1, temperal_downsample=[False, True, True],
-                latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
-            ),
-            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=2.0),
-        ).save_pretrained(folder)  # fmt: skip
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=2.0)
+        wan_of_plain_latents(layers=1, scheduler=scheduler, model_max_length=64).save_pretrained(folder)
     return str(folder)
 
 
@@ -229,7 +215,7 @@ def runs(tmp_path_factory):
     return tmp_path_factory.mktemp("attribution")
 
 
-@pytest.mark.parametrize("name", ["table_4", "fig_29", "attribution_designs", "attribution_value"])
+@pytest.mark.parametrize("name", ["table_4", "fig_29", "attribution_designs", "attribution_value", "attribution_lds"])
 def test_a_script_prints_what_its_record_holds(name, teacher, runs, capsys):
     script = importlib.import_module(name)
     script.main(script.Settings(runs=runs, quick=True, teacher=teacher))

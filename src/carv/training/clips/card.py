@@ -48,9 +48,11 @@ small enough for a CPU. It draws handwritten digits that move, and nothing else.
   for every four after it, {channels} x 4 x 4 each; standardised by latents_mean and latents_std. Loss
   |e| + 2 e^2 + |de|/2 + 1e-4 KL, for the errors e of pixels and de of edges. First on pieces of 9 frames; then on
   whole clips, where pixels near the digit weigh 11 times as much as others.
-- Transformer and text encoder: trained together by flow matching, |v - (eps - z)|^2, on one token for each of the
-  4 x 4 entries of a latent frame. t = s u / (1 + (s - 1) u) with s = {shift:g}, which is also the scheduler's shift, u
-  stratified over the batch; {drop:.0%} empty captions, weights averaged (0.999).
+- Text encoder: trained first, so that digit, motion and background can be told from each of a caption's states by a
+  linear map; then left as it is.
+- Transformer: flow matching, |v - (eps - z)|^2, on one token for each of the 4 x 4 entries of a latent frame.
+  t = s u / (1 + (s - 1) u) with s = {shift:g}, which is also the scheduler's shift, u stratified over the batch;
+  {drop:.0%} empty captions, weights averaged (0.999).
 - `judge/`: a small classifier of digit and motion, trained on {judge_clips} other clips of the same digits.
 
 | stage | steps | batch | minutes | loss of the last 200 steps |

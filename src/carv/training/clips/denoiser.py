@@ -1,4 +1,4 @@
-"""Stage 2: the text encoder and Wan's transformer, trained together from scratch on latents."""
+"""Stage 4: Wan's transformer, trained from scratch on latents, with the text encoder as it is."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from carv.extras import require
 from carv.rng import Stream
 from carv.training.clips.config import ClipsSizes
 from carv.training.clips.latents import LatentClips, draw_batch
-from carv.training.clips.text import text_states
 
 STEPS, SHIFT = 1000, 2.0
 """Units of the network's time; s of t = s u / (1 + (s - 1) u), the law of t in training and the steps of sampling."""
@@ -44,30 +43,7 @@ def build_transformer(sizes: ClipsSizes) -> Any:
 
 
 class Denoiser(nn.Module):
-    """The two networks as one, so that one optimiser and one checkpoint hold both.
-
-    Args:
-        transformer: from `build_transformer`.
-        text_encoder: from `text.build_text_encoder`.
-        ids: tokens of `text.CAPTIONS`.
-    """
-
-    ids: Tensor
-
-    def __init__(self, transformer: Any, text_encoder: Any, ids: Int[Tensor, "C length"]) -> None:
-        super().__init__()
-        self.transformer, self.text_encoder = transformer, text_encoder
-        self.register_buffer("ids", ids)
-
-    def forward(
-        self, noisy: Float[Tensor, "B C f h w"], t: Float[Tensor, "B"], caption: Int[Tensor, "B"]
-    ) -> Float[Tensor, "B C f h w"]:
-        """The predicted v at t in [0, 1] under captions given by their numbers."""
-        return velocity(self.transformer, noisy, t, text_states(self.text_encoder, self.ids[caption]))
-
-
-class FixedText(nn.Module):
-    """The transformer alone is trained; what captions mean is given.
+    """The transformer under captions given by their numbers; what they mean is fixed.
 
     Args:
         transformer: a `WanTransformer3DModel`.
@@ -110,7 +86,7 @@ class DenoiserLoss:
     """|v' - v|^2, a mean over entries, with v = eps - z and z_t = (1 - t) z + t eps: flow matching.
 
     Attributes:
-        model: `Denoiser` or `FixedText`.
+        model: to train.
         data: the clips to draw from.
         batch: latents in a step.
         drop: share of empty captions.
@@ -118,7 +94,7 @@ class DenoiserLoss:
         device: where the network is.
     """
 
-    model: nn.Module
+    model: Denoiser
     data: LatentClips
     batch: int
     drop: float

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from carv.rng import stream
 from carv.training.clips.autoencoder import encode
-from carv.training.clips.denoiser import DenoiserLoss, FixedText
+from carv.training.clips.denoiser import Denoiser, DenoiserLoss
 from carv.training.clips.evaluate import load_pipeline
 from carv.training.clips.latents import LatentClips, latent_clips
 from carv.training.clips.text import caption_ids, text_states
@@ -55,8 +55,8 @@ def train_denoiser_on(
     steps: int,
     seed: int,
     start: str = "scratch",
-    rate: float = 1e-3,
-    batch: int = 32,
+    rate: float = 2e-3,
+    batch: int = 8,
     drop: float = 0.1,
     folder: Path | None = None,
     say: Say = lambda line: None,
@@ -91,7 +91,7 @@ def train_denoiser_on(
     rng = stream(seed, "training", "clips", "retrain")
     with initialised_from(rng):
         transformer = copy.deepcopy(parts.transformer) if start == "teacher" else _fresh(parts.transformer)
-    model = FixedText(transformer.requires_grad_(True), parts.states)
+    model = Denoiser(transformer.requires_grad_(True), parts.states)
     loss = DenoiserLoss(model, parts.data.select(places), batch, drop, rng, torch.device("cpu"))
     stage = Stage("transformer", model, loss, rate, steps, 1.0)
     settings = f"retrain {places} {steps} {seed} {start} {rate} {batch} {drop}"

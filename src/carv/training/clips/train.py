@@ -21,7 +21,8 @@ from carv.training.clips.evaluate import Sampling, load_pipeline, measure, write
 from carv.training.clips.finish import FinishLoss
 from carv.training.clips.judge import ClipJudge, JudgeLoss
 from carv.training.clips.latents import LatentClips, latent_clips
-from carv.training.clips.text import build_text_encoder, build_tokenizer, caption_ids
+from carv.training.clips.text import build_text_encoder, build_tokenizer, caption_ids, text_states
+from carv.training.clips.text_loss import Reader, TextLoss
 from carv.training.loop import Progress, Say
 from carv.training.stages import (
     CHECKPOINTS,
@@ -140,10 +141,11 @@ class Run:
         """Train every stage that is not done yet."""
         tokenizer = build_tokenizer()
         vae, first, second = self._autoencoder()
-        denoiser, third = self._denoiser(tokenizer, self._latents(vae))
-        judge, fourth = self._judge()
-        progress = {"autoencoder": first, "finish": second, "denoiser": third, "judge": fourth}
-        return Networks(tokenizer, vae, denoiser.text_encoder, denoiser.transformer, judge, progress)
+        reader, third = self._text(tokenizer)
+        transformer, fourth = self._denoiser(reader, self._latents(vae))
+        judge, fifth = self._judge()
+        progress = {"autoencoder": first, "finish": second, "text": third, "denoiser": fourth, "judge": fifth}
+        return Networks(tokenizer, vae, reader.text_encoder, transformer, judge, progress)
 
     def _autoencoder(self) -> tuple[Any, Progress, Progress]:
         config, rng = self.config, self.rng("autoencoder")
@@ -165,14 +167,20 @@ class Run:
         latents = standardise(vae, [saved[str(i)] for i in range(len(self.clips))])
         return latent_clips(latents, self.clips)
 
-    def _denoiser(self, tokenizer: Any, data: LatentClips) -> tuple[Denoiser, Progress]:
+    def _text(self, tokenizer: Any) -> tuple[Reader, Progress]:
+        config, rng = self.config, self.rng("text")
+        with initialised_from(rng):
+            reader = Reader(build_text_encoder(tokenizer, config.sizes), caption_ids(tokenizer)).to(self.device)
+        return reader, self._fit("text", reader, TextLoss(reader, config.sizes.text_batch, rng, self.device))
+
+    def _denoiser(self, reader: Reader, data: LatentClips) -> tuple[Any, Progress]:
         config, rng = self.config, self.rng("denoiser")
         with initialised_from(rng):
             transformer = build_transformer(config.sizes)
-            text_encoder = build_text_encoder(tokenizer, config.sizes)
-        model = Denoiser(transformer, text_encoder, caption_ids(tokenizer)).to(self.device)
+        with torch.no_grad():
+            model = Denoiser(transformer, text_states(reader.text_encoder, reader.ids)).to(self.device)
         loss = DenoiserLoss(model, data, config.sizes.denoiser_batch, config.drop_captions, rng, self.device)
-        return model, self._fit("denoiser", model, loss)
+        return transformer, self._fit("denoiser", model, loss)
 
     def _judge(self) -> tuple[ClipJudge, Progress]:
         config, rng = self.config, self.rng("judge")

@@ -105,7 +105,8 @@ class HierarchicalEstimator:
             `None`: all R.
         clip: `None` leaves contributions as they are.
         on_not_finite: what a NaN or infinite contribution does. "raise": ValueError naming the draw, which
-            costs one device sync a step; "zero": the draw counts as zero, which biases; "ignore": nothing.
+            costs a device sync for each batch of renders; "zero": the draw counts as zero, which biases; "ignore":
+            nothing.
 
     Raises:
         ValueError: counts below 1; an odd K with an antithetic sampler; from `estimate`, contributions of a
@@ -244,8 +245,6 @@ class HierarchicalEstimator:
             norm_sq = f.flatten(2).to(torch.promote_types(f.dtype, torch.float32)).square().sum(-1)
             finite = torch.isfinite(norm_sq)
             bad += (~finite).sum()
-            if self.on_not_finite == "raise" and not bool(finite.all()):
-                _refuse(task, finite, t, renders.first, k)
             if self.on_not_finite == "zero":
                 f = torch.where(finite.view(finite.shape + (1,) * (f.ndim - 2)), f, 0.0)
             if self.clip is not None and self.clip.stage == "draw":
@@ -253,6 +252,8 @@ class HierarchicalEstimator:
                 clipped += changed.sum()
             total += torch.einsum("rk,rk...->r...", weight[:, k : k + step], f)
             norms.append(norm_sq)
+        if self.on_not_finite == "raise" and bool(bad):
+            _refuse(task, torch.isfinite(torch.cat(norms, 1)), draws.t, renders.first)
         return total / renoise, torch.cat(norms, 1), bad, clipped
 
 
@@ -290,10 +291,10 @@ def _rows(draws: Draws, rows: range) -> Draws:
     return Draws(draws.t[part], draws.weight[part], weighted, draws.antithetic)
 
 
-def _refuse(task: TeacherGradient, finite: Tensor, t: Tensor, first_render: int, first_k: int) -> None:
+def _refuse(task: TeacherGradient, finite: Tensor, t: Tensor, first_render: int) -> None:
     r, k = (int(i) for i in (~finite).nonzero()[0])
     raise ValueError(
         f"{type(task).__name__}.contribution is not finite at t = {t[r, k].item():g} (render {first_render + r}, "
-        f"re-noising {first_k + k}; {int((~finite).sum())} of {finite.numel()} draws of this call). Check the teacher "
+        f"re-noising {k}; {int((~finite).sum())} of {finite.numel()} draws). Check the teacher "
         'there, e.g. its precision; on_not_finite="zero" drops such draws, with a bias'
     )

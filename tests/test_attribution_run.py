@@ -261,6 +261,12 @@ def test_the_terms_of_checkpoints_are_added_by_their_rates(
     assert equal == pytest.approx({name: (last[name] + first[name]) / 2 for name in last})
 
 
+def test_a_checkpoint_of_another_network_is_refused(teacher_folder: Path, data: Path) -> None:
+    config = settings(teacher_folder, data, checkpoints=("small",))
+    with pytest.raises(ValueError, match=r"latents of small are .* and those of"):
+        run(config, data / "out", quiet=True)
+
+
 @pytest.mark.parametrize("changes", [{"design": "iid"}, {"design": "global"}, {"noise": "fixed", "cells": 12}])
 def test_every_design_and_noise_runs(teacher_folder: Path, data: Path, changes: dict[str, Any]) -> None:
     results = run(settings(teacher_folder, data, **changes), data / "out", quiet=True)

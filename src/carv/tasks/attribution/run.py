@@ -170,15 +170,20 @@ def _own_clips(config: AttributionConfig, out: Path) -> Path:
 def _collectors(config: AttributionConfig, out: Path, overwrite: bool) -> list[Collector]:
     """The teacher's, and one for each checkpoint, each with a cache of its own."""
     made: list[Collector] = []
+    asked = config
     for name in (config.teacher, *config.checkpoints):
-        teacher = load_teacher(replace(config, teacher=name))
+        teacher = load_teacher(replace(asked, teacher=name))
         cache = out / (f"cache-{len(made)}" if made else "cache")
         if overwrite and (cache / "cache.json").exists():
             shutil.rmtree(cache)
         made.append(Collector(config, teacher, cache))
-    shapes = {collector.teacher.latent_shape for collector in made}
-    if len(shapes) > 1:
-        raise ValueError(f"teacher and checkpoints must be states of one network; their latents are {shapes}")
+        if teacher.latent_shape != made[0].teacher.latent_shape:
+            raise ValueError(
+                f"checkpoints are states of one network, but the latents of {name} are {teacher.latent_shape} and "
+                f"those of {config.teacher} {made[0].teacher.latent_shape}"
+            )
+        shape = teacher.picture_shape  # whatever the teacher's defaults are, its checkpoints see the same
+        asked = replace(config, size=shape[-1], frames=shape[1] if len(shape) == 4 else config.frames)
     return made
 
 

@@ -28,8 +28,8 @@ class Reader(nn.Module):
     """Tells digit, motion and background from each of a caption's states by one linear map.
 
     Trained with the encoder, so that each state of a caption says all of it: the transformer's attention over states is
-    even at first, and what a digit looks like is learned late, from a weak signal, which an encoder that is trained
-    along with the transformer has by then unlearned to tell apart.
+    even at first, and its loss says little about digits until late. An encoder that learned from that loss alone, at
+    the transformer's rate, gave all digits nearly the same states.
 
     Args:
         text_encoder: from `text.build_text_encoder`.

@@ -147,7 +147,7 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     page.write(found, target)
     before = target.read_bytes()
     with monkeypatch.context() as patched:
-        patched.setattr("pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        patched.setattr("carv.checkpoint.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
         with pytest.raises(OSError, match="disk full"):
             page.write(found, target)
     assert target.read_bytes() == before

@@ -18,7 +18,7 @@ from jaxtyping import Bool
 from records import Row, table
 from torch import Tensor
 
-from carv.checkpoint import load_checkpoint, save_checkpoint
+from carv.checkpoint import load_or_make
 from carv.console import Report
 from carv.report.experiment import Table
 from carv.rng import stream
@@ -81,11 +81,7 @@ def kept_losses(settings: ValueSetting, start: str, name: str, make: Callable[[]
     own = {key: value for key, value in settings.to_dict().items() if key not in _NOT_OF_RETRAINING}
     config = json.dumps({"name": name, "teacher": start, **own}, sort_keys=True)
     folder = settings.runs / "attribution" / f"{name}-{hashlib.sha256(config.encode()).hexdigest()[:12]}"
-    found = load_checkpoint(folder, config)
-    if found is None:
-        found = {"losses": make()}
-        save_checkpoint(folder, found, config)
-    return found["losses"]
+    return load_or_make(folder, config, lambda: {"losses": make()})["losses"]
 
 
 def datamodelling(

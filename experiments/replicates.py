@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from carv.checkpoint import load_checkpoint, save_checkpoint
+from carv.checkpoint import load_or_make
 from carv.console import Report
 from carv.problems import Problem
 from carv.rng import Stream
@@ -71,7 +70,7 @@ def reference(problem: Problem, design: Design, at: Stream, count: int, blocks: 
         return {"blocks": torch.stack(means)}
 
     settings = json.dumps({"design": str(design), "stream": [at.seed, *at.path], "count": count, "blocks": blocks})
-    return Reference(_kept(folder, settings, make)["blocks"])
+    return Reference(load_or_make(folder, settings, make)["blocks"])
 
 
 def replicates(problem: Problem, design: Design, at: Stream, count: int, other: Reference, folder: Path) -> Products:
@@ -94,7 +93,7 @@ def replicates(problem: Problem, design: Design, at: Stream, count: int, other: 
 
     total = float(other.gram.sum())  # another reference has other products
     settings = json.dumps({"design": str(design), "stream": [at.seed, *at.path], "count": count, "reference": total})
-    found = _kept(folder, settings, make)
+    found = load_or_make(folder, settings, make)
     return Products(found["gram"], found["cross"])
 
 
@@ -106,14 +105,6 @@ def _estimates(problem: Problem, design: Design, at: Stream, count: int, name: s
             rows.append(torch.cat([part.flatten() for part in gradient]).cpu())
             report.update(i + 1)
     return torch.stack(rows)
-
-
-def _kept(folder: Path, settings: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    found = load_checkpoint(folder, settings)
-    if found is None:
-        found = make()
-        save_checkpoint(folder, found, settings)
-    return found
 
 
 def _products(a: Float[Tensor, "n D"], b: Float[Tensor, "m D"]) -> Float[Tensor, "n m"]:

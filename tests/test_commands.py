@@ -1,11 +1,13 @@
 """Every command that measures, run as users run it."""
 
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 
+from carv.cli import COMMANDS, main
 from command_line import carv
 
 USERS = """
@@ -44,6 +46,13 @@ def folder(tmp_path_factory):
 
 
 SWEEP = ("sweep", "toy", "--renders", 1, "--renoise", 1, 4, "--rule", "fixed", "--cap", 200)
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"distill", "teachers"}))
+def test_options_have_no_prefix_but_for_those_of_a_distillations_three_terms(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert not re.findall(r"--[a-z-]+\.[a-z-]+", capsys.readouterr().out)
 
 
 def test_advise_says_what_to_run_and_why(folder):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
 
@@ -62,6 +63,19 @@ def load_checkpoint(folder: Path, config: str) -> dict[str, Tensor] | None:
     if saved == config:
         return tensors
     raise other_settings(folder)
+
+
+def load_or_make(folder: Path, config: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The checkpoint of this configuration in a folder; made and kept there if there is none.
+
+    Raises:
+        RunFolderError: as `load_checkpoint`.
+    """
+    found = load_checkpoint(folder, config)
+    if found is None:
+        found = make()
+        save_checkpoint(folder, found, config)
+    return found
 
 
 def other_settings(folder: Path) -> RunFolderError:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from carv.checkpoint import load_checkpoint, save_checkpoint
+from carv.checkpoint import load_or_make
 from carv.devices import find_device
 from carv.extras import require
 from carv.rng import Stream, stream
@@ -154,11 +154,12 @@ class Run:
             vae = build_autoencoder(config.sizes).to(self.device, memory_format=torch.channels_last)
         loss = AutoencoderLoss(vae, pictures, config.sizes.autoencoder_batch, rng, self.device, config.bf16)
         progress = self._fit("autoencoder", vae, loss)
-        saved = load_checkpoint(self.checkpoints / "latents", config.to_json())
-        if saved is None:
+
+        def encoded() -> dict[str, Tensor]:
             self.say(f"encoding {len(self.world)} pictures")
-            saved = {"latents": encode(vae, self.world, self.device)}
-            save_checkpoint(self.checkpoints / "latents", saved, config.to_json())
+            return {"latents": encode(vae, self.world, self.device)}
+
+        saved = load_or_make(self.checkpoints / "latents", config.to_json(), encoded)
         return vae, standardise(vae, saved["latents"], pictures.pool), progress
 
     def _denoiser(self, tokenizer: Any, ids: Tensor, latents: Tensor) -> tuple[Denoiser, Progress]:

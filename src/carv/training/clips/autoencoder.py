@@ -21,7 +21,8 @@ PATCH, SPATIAL, TEMPORAL = 2, 8, 4
 FRAMES = 9
 """Of the pieces that the autoencoder is trained on: its first, its second and a later chunk."""
 
-_SQUARES, _EDGES, _KL = 2.0, 0.5, 1e-4
+SQUARES, EDGES, KL = 2.0, 0.5, 1e-4
+"""Weights of e^2, of |de| and of the divergence, in both stages of the autoencoder."""
 _NARROW = -5.0  # of the posterior's log variance at the start
 _AT_ONCE = 32
 
@@ -89,8 +90,8 @@ class AutoencoderLoss:
         decoded, divergence = decoded_sample(self.vae, videos, rng.child("noise"), self.bf16)
         error = decoded - videos
         edges: Tensor = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-        pixels: Tensor = error.abs().mean() + _SQUARES * error.square().mean()
-        return pixels + _EDGES * edges + _KL * divergence
+        pixels: Tensor = error.abs().mean() + SQUARES * error.square().mean()
+        return pixels + EDGES * edges + KL * divergence
 
     def _pieces(self, rng: Stream) -> Float[Tensor, "B 3 9 32 32"]:
         places = torch.randint(len(self.clips), (self.batch,), generator=rng.child("clips").generator()).tolist()

@@ -11,10 +11,10 @@ from torch.nn import functional
 
 from carv.rng import Stream
 from carv.training.autoencoder import decoded_sample
+from carv.training.clips.autoencoder import EDGES, KL, SQUARES
 from carv.training.clips.latents import draw_batch
 from carv.world.clips import Clips
 
-_SQUARES, _EDGES, _KL = 2.0, 0.5, 1e-4
 _DIGIT = 10.0  # how much more a pixel near the digit weighs
 
 
@@ -50,10 +50,10 @@ class FinishLoss:
         weight = digit_weights(torch.stack([self.clips.masks[i] for i in places])).to(self.device)
         decoded, divergence = decoded_sample(self.vae, videos, rng.child("noise"), self.bf16)
         error = decoded - videos
-        pixels: Tensor = (weight * (error.abs() + _SQUARES * error.square())).mean()
+        pixels: Tensor = (weight * (error.abs() + SQUARES * error.square())).mean()
         across: Tensor = (weight[..., 1:] * error.diff(dim=-1).abs()).mean()
         down: Tensor = (weight[..., 1:, :] * error.diff(dim=-2).abs()).mean()
-        return pixels + _EDGES * (across + down) + _KL * divergence
+        return pixels + EDGES * (across + down) + KL * divergence
 
 
 def digit_weights(masks: Tensor) -> Tensor:

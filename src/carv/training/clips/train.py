@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from carv.checkpoint import load_checkpoint, save_checkpoint
+from carv.checkpoint import load_or_make
 from carv.devices import find_device
 from carv.extras import require, without_progress_bars
 from carv.rng import Stream, stream
@@ -158,12 +159,11 @@ class Run:
         return vae, first, self._fit("finish", vae.requires_grad_(True), finish)
 
     def _latents(self, vae: Any) -> LatentClips:
-        folder, settings = self.checkpoints / "latents", self.config.to_json()
-        saved = load_checkpoint(folder, settings)
-        if saved is None:
+        def encoded() -> dict[str, Tensor]:
             self.say(f"encoding {len(self.clips)} clips")
-            saved = {str(i): latent for i, latent in enumerate(encode(vae, self.clips))}
-            save_checkpoint(folder, saved, settings)
+            return {str(i): latent for i, latent in enumerate(encode(vae, self.clips))}
+
+        saved = load_or_make(self.checkpoints / "latents", self.config.to_json(), encoded)
         latents = standardise(vae, [saved[str(i)] for i in range(len(self.clips))])
         return latent_clips(latents, self.clips)
 

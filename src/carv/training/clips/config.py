@@ -67,7 +67,7 @@ CLIPS_SIZES: dict[str, ClipsSizes] = {
         text_layers=4, judge_width=128, autoencoder_batch=64, finish_batch=64, denoiser_batch=256, judge_batch=128,
     ),
 }  # fmt: skip
-"""tiny: for tests, it learns nothing. small: 2.5 million weights, an hour on a CPU core. large: for a GPU."""
+"""tiny: for tests, it learns nothing. small: 2.6 million weights, an hour on a CPU core. large: for a GPU."""
 
 
 @dataclass(frozen=True)
